@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ..schema import (CLASS_COLOURS, CLASSES, FLIP_IDX, HANDLE, HINGE, JAW_L, JAW_R, KEYPOINT_COLOURS,
-                             KEYPOINTS, SKELETON, TIP, Poses, class_name)
+from ..schema import (CLASS_COLOURS, HANDLE, HINGE, JAW_L, JAW_R, KEYPOINT_COLOURS, KEYPOINTS, SKELETON,
+                             TIP, Poses, class_name)
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['CYCLE', 'check_bgr', 'bgr', 'stroke_px', 'point_states', 'draw_skeleton', 'draw_poses', 'draw_mask', 'text_strip',
-           'legend_strip', 'fit', 'contact_sheet', 'figure_html', 'show_image', 'style', 'new_figure', 'show_fig',
-           'show_table', 'verdict_html', 'show_verdict']
+__all__ = ['CYCLE', 'check_bgr', 'bgr', 'stroke_px', 'point_states', 'draw_point', 'draw_skeleton', 'draw_poses', 'draw_mask',
+           'text_strip', 'legend_strip', 'fit', 'contact_sheet', 'figure_html', 'show_image', 'style', 'new_figure',
+           'show_fig', 'show_table', 'verdict_html', 'show_verdict']
 
 # %% ../../nbs/14_draw.ipynb #c005
 def check_bgr(
@@ -35,7 +35,8 @@ def check_bgr(
     "Refuse what is not a colour image of 8 bits."
     shape, dtype = getattr(image_bgr, "shape", None), getattr(image_bgr, "dtype", type(image_bgr).__name__)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise ValueError(f"{where}: expected a uint8 image (H, W, 3), got {dtype} {shape}; read it with data.video.read_image")
+        raise ValueError(f"{where}: expected a uint8 image (H, W, 3), got {dtype} {shape}; "
+                         "read it with data.video.read_image")
     return image_bgr
 
 # %% ../../nbs/14_draw.ipynb #c008
@@ -68,13 +69,28 @@ def point_states(
 
 # %% ../../nbs/14_draw.ipynb #c018
 _SHIFT = 4  # fractional bits of cv2's coordinates
-_RADIUS = {TIP: 3.0, HINGE: 3.0, HANDLE: 3.0, JAW_L: 2.2, JAW_R: 2.2}  # discs, in strokes; the small ones come last
+_RADIUS = {TIP: 3.0, HINGE: 3.0, HANDLE: 3.0, JAW_L: 2.2, JAW_R: 2.2}  # in strokes; the small discs come last
+_SEAM = (25, 25, 25)  # dark edge that keeps every colour apart from the picture
 
 # %% ../../nbs/14_draw.ipynb #c019
 def _fixed(xy_px: np.ndarray) -> tuple[int, int]:
     return tuple(int(v) for v in np.round(np.asarray(xy_px, float) * 2**_SHIFT))
 
 # %% ../../nbs/14_draw.ipynb #c020
+def draw_point(
+    image_bgr: np.ndarray,  # (H, W, 3), drawn into
+    xy_px: np.ndarray,  # (2,)
+    radius_px: float,
+    colour: str,  # like #D55E00
+    seen: bool,  # a disc; else a ring
+) -> None:
+    "Draw one keypoint, in place."
+    disc = [(1.25, _SEAM), (1.0, bgr(colour))]
+    ring = [(1.6, _SEAM), (1.4, bgr(colour)), (0.8, _SEAM)]
+    for share, ink in disc if seen else ring:
+        cv2.circle(image_bgr, _fixed(xy_px), _fixed([share * radius_px])[0], ink, -1, cv2.LINE_AA, _SHIFT)
+
+# %% ../../nbs/14_draw.ipynb #c022
 def draw_skeleton(
     image_bgr: np.ndarray,  # (H, W, 3), drawn into
     xy_px: np.ndarray,  # (5, 2)
@@ -83,37 +99,31 @@ def draw_skeleton(
 ) -> None:
     "Draw one tool's bones and keypoints, in place."
     unit = stroke_px(image_bgr)
-    pen = dict(lineType=cv2.LINE_AA, shift=_SHIFT)
     bones = [(a - 1, b - 1) for a, b in SKELETON if states[a - 1] and states[b - 1]]
-    widths = [unit * (1.6 if min(states[a], states[b]) == 2 else 0.8) for a, b in bones]
-    for ink, extra in (((25, 25, 25), unit), (bgr(colour), 0)):
+    widths = [unit * (1.5 if min(states[a], states[b]) == 2 else 0.7) for a, b in bones]
+    for ink, extra in ((_SEAM, unit), (bgr(colour), 0)):
         for (a, b), width in zip(bones, widths, strict=True):
-            cv2.line(image_bgr, _fixed(xy_px[a]), _fixed(xy_px[b]), ink, max(1, round(width + extra)), **pen)
+            thick = max(1, round(width + extra))
+            cv2.line(image_bgr, _fixed(xy_px[a]), _fixed(xy_px[b]), ink, thick, cv2.LINE_AA, _SHIFT)
     for k, radius in _RADIUS.items():
-        if not states[k]: continue
-        centre, r, ink = _fixed(xy_px[k]), radius * unit, bgr(KEYPOINT_COLOURS[k])
-        if states[k] == 2:
-            cv2.circle(image_bgr, centre, round((r + 0.6 * unit) * 2**_SHIFT), (25, 25, 25), -1, **pen)
-            cv2.circle(image_bgr, centre, round(r * 2**_SHIFT), ink, -1, **pen)
-        else:
-            cv2.circle(image_bgr, centre, round(r * 2**_SHIFT), (25, 25, 25), round(2 * unit) + 1, **pen)
-            cv2.circle(image_bgr, centre, round(r * 2**_SHIFT), ink, max(1, round(unit)), **pen)
+        if states[k]: draw_point(image_bgr, xy_px[k], radius * unit, KEYPOINT_COLOURS[k], states[k] == 2)
 
-# %% ../../nbs/14_draw.ipynb #c023
+# %% ../../nbs/14_draw.ipynb #c025
 def _draw_boxes(image_bgr: np.ndarray, poses: Poses) -> np.ndarray:
     import supervision as sv
     unit, side = stroke_px(image_bgr), min(image_bgr.shape[:2])
     x, y, w, h = np.nan_to_num(poses.xywh_px).clip(-1e6, 1e6).T
-    found = sv.Detections(np.stack([x, y, x + w, y + h], 1), class_id=poses.category_id - 1, confidence=poses.score)
+    found = sv.Detections(np.stack([x, y, x + w, y + h], 1), class_id=poses.category_id - 1)
     palette = sv.ColorPalette.from_hex(list(CLASS_COLOURS))
     names = [class_name(c).replace("_", " ") + ("" if s == 1 else f" {s:.2f}")
              for c, s in zip(poses.category_id.tolist(), poses.score.tolist(), strict=True)]
     image_bgr = sv.BoxAnnotator(palette, thickness=max(1, round(unit * 0.7))).annotate(image_bgr, found)
-    label = sv.LabelAnnotator(palette, text_color=sv.Color.BLACK, text_scale=max(0.4, side * 8e-4), smart_position=True,
-                              text_thickness=max(1, round(side / 600)), text_padding=max(2, round(unit * 2.5)))
+    plate = dict(text_scale=max(0.4, side * 8e-4), text_thickness=max(1, round(side / 600)),
+                 text_padding=max(2, round(2.5 * unit)))
+    label = sv.LabelAnnotator(palette, text_color=sv.Color.BLACK, smart_position=True, **plate)
     return label.annotate(image_bgr, found, names)
 
-# %% ../../nbs/14_draw.ipynb #c024
+# %% ../../nbs/14_draw.ipynb #c026
 def draw_poses(
     image_bgr: np.ndarray,  # (H, W, 3) uint8; left as it is
     poses: Poses,
@@ -128,7 +138,7 @@ def draw_poses(
         draw_skeleton(out, pose.keypoints[0, :, :2], states, CLASS_COLOURS[pose.category_id[0] - 1])
     return out
 
-# %% ../../nbs/14_draw.ipynb #c029
+# %% ../../nbs/14_draw.ipynb #c031
 def draw_mask(
     image_bgr: np.ndarray,  # (H, W, 3) uint8; left as it is
     mask: np.ndarray,  # (H, W) bool
@@ -145,16 +155,17 @@ def draw_mask(
     outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(out, outline, -1, bgr(colour), max(1, round(stroke_px(out))), cv2.LINE_AA)
 
-# %% ../../nbs/14_draw.ipynb #c032
+# %% ../../nbs/14_draw.ipynb #c034
 def text_strip(
     text: str,
     width: int,  # px
     height: int = 22,  # px
 ) -> np.ndarray:  # (height, width, 3) dark text on white
     "Set one line of text."
+    from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
     image = Image.new("RGB", (width, height), "white")
-    font = ImageFont.load_default(max(9, round(height * 0.6)))
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", max(8, round(height * 0.55)))
     text = " ".join(str(text).split())
     if font.getlength(text) > width - 8:
         while text and font.getlength(text + "…") > width - 8: text = text[:-1]
@@ -162,29 +173,34 @@ def text_strip(
     ImageDraw.Draw(image).text((4, height // 2), text, fill="#222222", font=font, anchor="lm")
     return np.asarray(image)[..., ::-1].copy()
 
-# %% ../../nbs/14_draw.ipynb #c033
+# %% ../../nbs/14_draw.ipynb #c035
 def legend_strip(
     width: int,  # px
 ) -> np.ndarray:  # (H, width, 3)
     "Say which colour is which keypoint, and what discs and rings mean."
-    entries = [(name, KEYPOINT_COLOURS[k], -1) for k, name in enumerate(KEYPOINTS)] + [("seen", "#888888", -1), ("hidden", "#888888", 2)]
+    entries = [(name, colour, True) for name, colour in zip(KEYPOINTS, KEYPOINT_COLOURS, strict=True)]
+    entries += [("seen", "#888888", True), ("hidden", "#888888", False)]
     columns = min(len(entries), max(1, width // 105))
     cells = []
-    for name, colour, thickness in entries:
-        cell = cv2.hconcat([np.full((24, 20, 3), 255, np.uint8), text_strip(name, width // columns - 20, 24)])
-        cell = cv2.circle(cell, (13, 12), 6, (25, 25, 25), 1 if thickness < 0 else 4, cv2.LINE_AA)
-        cells.append(cv2.circle(cell, (13, 12), 6 if thickness > 0 else 5, bgr(colour), thickness, cv2.LINE_AA))
+    for name, colour, seen in entries:
+        cell = cv2.hconcat([np.full((22, 18, 3), 255, np.uint8), text_strip(name, width // columns - 18, 22)])
+        draw_point(cell, (11, 11), 4.5 if seen else 4, colour, seen)
+        cells.append(cell)
     return _grid(cells, columns, width)
 
-# %% ../../nbs/14_draw.ipynb #c034
+# %% ../../nbs/14_draw.ipynb #c036
+def _pad(image_bgr: np.ndarray, top: int = 0, bottom: int = 0, left: int = 0, right: int = 0) -> np.ndarray:
+    return cv2.copyMakeBorder(image_bgr, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+# %% ../../nbs/14_draw.ipynb #c037
 def _grid(cells: list[np.ndarray], columns: int, width: int) -> np.ndarray:
     blank = np.full_like(cells[0], 255)
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     rows[-1] = rows[-1] + [blank] * (columns - len(rows[-1]))
     sheet = cv2.vconcat([cv2.hconcat(row) for row in rows])
-    return cv2.copyMakeBorder(sheet, 0, 0, 0, max(0, width - sheet.shape[1]), cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    return _pad(sheet, right=max(0, width - sheet.shape[1]))
 
-# %% ../../nbs/14_draw.ipynb #c036
+# %% ../../nbs/14_draw.ipynb #c039
 def fit(
     image_bgr: np.ndarray,  # (H, W, 3) uint8
     width: int,  # px
@@ -196,10 +212,9 @@ def fit(
     size = max(1, round(w * scale)), max(1, round(h * scale))
     small = cv2.resize(image_bgr, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    return cv2.copyMakeBorder(small, top, height - size[1] - top, left, width - size[0] - left,
-                              cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    return _pad(small, top, height - size[1] - top, left, width - size[0] - left)
 
-# %% ../../nbs/14_draw.ipynb #c037
+# %% ../../nbs/14_draw.ipynb #c040
 def contact_sheet(
     images: Sequence[np.ndarray],  # (H, W, 3) uint8 each, of any sizes
     *,
@@ -211,17 +226,17 @@ def contact_sheet(
     "Lay pictures out on one sheet."
     images = list(images)
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"contact_sheet: expected one caption per image ({len(images)}), got {len(captions)}")
+        raise ValueError(f"contact_sheet: expected a caption per image ({len(images)}), got {len(captions)}")
     if not images: return text_strip("no pictures", columns * width, 60)
     columns = min(columns, len(images))
     height = round(width * float(np.median([im.shape[0] / im.shape[1] for im in images])))
-    cells = [fit(im, width - 4, height - 4) for im in images]
-    cells = [cv2.copyMakeBorder(c, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255)) for c in cells]
-    if captions is not None: cells = [cv2.vconcat([c, text_strip(t, width)]) for c, t in zip(cells, captions, strict=True)]
+    cells = [_pad(fit(im, width - 4, height - 4), 2, 2, 2, 2) for im in images]
+    if captions is not None:
+        cells = [cv2.vconcat([cell, text_strip(text, width)]) for cell, text in zip(cells, captions, strict=True)]
     sheet = _grid(cells, columns, columns * width)
     return cv2.vconcat([sheet, legend_strip(sheet.shape[1])]) if legend else sheet
 
-# %% ../../nbs/14_draw.ipynb #c041
+# %% ../../nbs/14_draw.ipynb #c044
 def figure_html(
     data: bytes,  # an encoded picture
     mime: str,  # image/png or image/jpeg
@@ -233,15 +248,16 @@ def figure_html(
     "Wrap a picture for the page."
     size = f' width="{int(width)}"' if width else ""
     source = f"data:{escape(mime)};base64,{base64.b64encode(data).decode()}"
-    return (f'<figure style="margin:1em 0"><img alt="{escape(alt)}" src="{source}"{size} style="max-width:100%">'
-            f'<figcaption style="font-size:.9em;opacity:.8">{escape(caption)}</figcaption></figure>')
+    image = f'<img alt="{escape(alt)}" src="{source}"{size} style="max-width:100%">'
+    words = f'<figcaption style="font-size:.9em;opacity:.8">{escape(caption)}</figcaption>'
+    return f'<figure style="margin:1em 0">{image}{words}</figure>'
 
-# %% ../../nbs/14_draw.ipynb #c043
+# %% ../../nbs/14_draw.ipynb #c046
 def _display(html: str) -> None:
     from IPython.display import HTML, display
     display(HTML(html))
 
-# %% ../../nbs/14_draw.ipynb #c044
+# %% ../../nbs/14_draw.ipynb #c047
 def show_image(
     image_bgr: np.ndarray,  # (H, W, 3) uint8
     *,
@@ -251,27 +267,27 @@ def show_image(
 ) -> None:
     "Show a picture as JPEG."
     h, w = check_bgr(image_bgr, "show_image").shape[:2]
-    if width and w > width: image_bgr = cv2.resize(image_bgr, (width, max(1, round(h * width / w))), interpolation=cv2.INTER_AREA)
+    if width and w > width: image_bgr = fit(image_bgr, width, max(1, round(h * width / w)))
     data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
     _display(figure_html(data, "image/jpeg", alt=alt, caption=caption, width=width))
 
-# %% ../../nbs/14_draw.ipynb #c047
-CYCLE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")  # Okabe and Ito, less the yellow
+# %% ../../nbs/14_draw.ipynb #c050
+CYCLE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")  # Okabe, Ito; no yellow
 
-# %% ../../nbs/14_draw.ipynb #c048
+# %% ../../nbs/14_draw.ipynb #c051
 @contextmanager
 def style() -> Iterator[None]:
     "Give figures made inside, or by the decorated function, the project's look."
     import matplotlib as mpl
-    look = {"figure.figsize": (7.0, 3.2), "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
-            "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left",
-            "axes.prop_cycle": mpl.cycler(color=CYCLE), "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD",
-            "grid.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#666666",
-            "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.facecolor": "white",
-            "image.cmap": "viridis", "svg.hashsalt": "surgpose"}
+    look = {"figure.figsize": (7.0, 3.2), "figure.dpi": 110, "savefig.dpi": 110, "figure.facecolor": "white",
+            "figure.constrained_layout.use": True, "font.family": "DejaVu Sans", "font.size": 10,
+            "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.prop_cycle": mpl.cycler(color=CYCLE),
+            "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.7,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#666666",
+            "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "image.cmap": "viridis"}
     with mpl.rc_context(look): yield
 
-# %% ../../nbs/14_draw.ipynb #c049
+# %% ../../nbs/14_draw.ipynb #c052
 def new_figure(
     rows: int = 1,
     columns: int = 1,
@@ -286,7 +302,7 @@ def new_figure(
         fig = Figure(figsize=(width_in, height_in), layout="constrained")
         return fig, fig.subplots(rows, columns, **subplot_options)
 
-# %% ../../nbs/14_draw.ipynb #c050
+# %% ../../nbs/14_draw.ipynb #c053
 def show_fig(
     fig: Figure,
     *,
@@ -300,7 +316,7 @@ def show_fig(
     plt.close(fig)
     _display(figure_html(buffer.getvalue(), "image/png", alt=alt, caption=caption))
 
-# %% ../../nbs/14_draw.ipynb #c054
+# %% ../../nbs/14_draw.ipynb #c057
 def show_table(
     df: pd.DataFrame,
     caption: str,
@@ -309,25 +325,27 @@ def show_table(
 ) -> None:
     "Show a table; a plain running index is left out."
     import pandas as pd
-    numbers = lambda v: f"{v:.{digits}f}"  # noqa: E731
-    html = df.to_html(escape=True, border=0, float_format=numbers, na_rep="-", index=not isinstance(df.index, pd.RangeIndex))
+    html = df.to_html(escape=True, border=0, float_format=f"{{:.{digits}f}}".format, na_rep="-",
+                      index=not isinstance(df.index, pd.RangeIndex))
     title = f'<caption style="caption-side:top;text-align:left;font-weight:600">{escape(caption)}</caption>'
     _display(html.replace(">", ">" + title, 1))
 
-# %% ../../nbs/14_draw.ipynb #c056
+# %% ../../nbs/14_draw.ipynb #c059
 def verdict_html(
     text: str,  # one or two sentences
     numbers: dict[str, object] | None = None,  # label -> value, shown as tiles
 ) -> str:
     "Write a verdict, and the numbers it rests on, as HTML."
-    tiles = "".join('<div style="min-width:7em"><div style="font-size:1.6em;font-weight:600">'
-                    f'{escape(f"{v:.3g}" if isinstance(v, float) else str(v))}</div>'
-                    f'<div style="font-size:.9em;opacity:.8">{escape(str(k))}</div></div>' for k, v in (numbers or {}).items())
+    shown = {str(k): f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in (numbers or {}).items()}
+    tiles = "".join('<div style="min-width:7em">'
+                    f'<div style="font-size:1.6em;font-weight:600">{escape(value)}</div>'
+                    f'<div style="font-size:.9em;opacity:.8">{escape(label)}</div></div>'
+                    for label, value in shown.items())
     return ('<div style="border-left:.3em solid #0072B2;padding:.4em 1em;margin:1em 0">'
             f'<p style="font-size:1.15em;margin:.2em 0">{escape(text)}</p>'
             f'<div style="display:flex;gap:2em;flex-wrap:wrap">{tiles}</div></div>')
 
-# %% ../../nbs/14_draw.ipynb #c057
+# %% ../../nbs/14_draw.ipynb #c060
 def show_verdict(
     text: str,  # one or two sentences, computed by a library function
     numbers: dict[str, object] | None = None,  # label -> value; three of them fit the first screen
