@@ -101,9 +101,9 @@ def draw_skeleton(
     unit = stroke_px(image_bgr)
     bones = [(a - 1, b - 1) for a, b in SKELETON if states[a - 1] and states[b - 1]]
     widths = [unit * (1.5 if min(states[a], states[b]) == 2 else 0.7) for a, b in bones]
-    for ink, extra in ((_SEAM, unit), (bgr(colour), 0)):
+    for ink, extra in ((_SEAM, 2 * max(1, round(unit / 2))), (bgr(colour), 0)):
         for (a, b), width in zip(bones, widths, strict=True):
-            thick = max(1, round(width + extra))
+            thick = max(1, round(width)) + extra
             cv2.line(image_bgr, _fixed(xy_px[a]), _fixed(xy_px[b]), ink, thick, cv2.LINE_AA, _SHIFT)
     for k, radius in _RADIUS.items():
         if states[k]: draw_point(image_bgr, xy_px[k], radius * unit, KEYPOINT_COLOURS[k], states[k] == 2)
@@ -232,7 +232,8 @@ def contact_sheet(
     height = round(width * float(np.median([im.shape[0] / im.shape[1] for im in images])))
     cells = [_pad(fit(im, width - 4, height - 4), 2, 2, 2, 2) for im in images]
     if captions is not None:
-        cells = [cv2.vconcat([cell, text_strip(text, width)]) for cell, text in zip(cells, captions, strict=True)]
+        strips = [text_strip(text, width) for text in captions]
+        cells = [cv2.vconcat(pair) for pair in zip(cells, strips, strict=True)]
     sheet = _grid(cells, columns, columns * width)
     return cv2.vconcat([sheet, legend_strip(sheet.shape[1])]) if legend else sheet
 
