@@ -17,13 +17,15 @@ import yaml
 
 from .config import project_root
 from .files import atomic_write, code_hash, hash_data, read_json, sha256_file, utc_now, versions, write_json
+from .page import format_number as format_number, notebook_page, write_index as write_index
 
 if TYPE_CHECKING:
     import nbformat
     import pandas as pd
 
 # %% auto #0
-__all__ = ['HEADLINE', 'Run', 'open_run', 'format_number', 'headline', 'verdict', 'provenance']
+__all__ = ['HEADLINE', 'TYPES', 'Run', 'open_run', 'headline', 'verdict', 'provenance', 'Parameter', 'read_parameters',
+           'parse_parameters', 'report_names', 'run_report']
 
 # %% ../nbs/91_report.ipynb #c005
 @dataclass(frozen=True)
@@ -69,16 +71,6 @@ def _sample_run() -> Run:
 HEADLINE = "application/vnd.surgpose.headline+json"
 
 # %% ../nbs/91_report.ipynb #c012
-def format_number(
-    value: Any,  # a number, a text, or None
-) -> str:
-    "Write a value for a reader: three significant digits, and `n/a` where there is none."
-    if value is None or isinstance(value, float) and math.isnan(value): return "n/a"
-    if isinstance(value, bool): return "yes" if value else "no"
-    if isinstance(value, float) or hasattr(value, "dtype"): return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-# %% ../nbs/91_report.ipynb #c015
 def headline(
     numbers: dict[str, Any],  # label -> value; three of them read best
     *,
@@ -94,7 +86,7 @@ def headline(
     display({"text/html": f'<div class="headline">{lines}<div class="tiles">{tiles}</div></div>', "text/plain": text,
              HEADLINE: dict(question=question, verdict=verdict, numbers=shown)}, raw=True)
 
-# %% ../nbs/91_report.ipynb #c017
+# %% ../nbs/91_report.ipynb #c014
 def verdict(
     text: str,  # one or two sentences, computed from the run
 ) -> None:
@@ -102,7 +94,7 @@ def verdict(
     from IPython.display import display
     display({"text/html": f'<div class="headline"><p class="verdict">{escape(text)}</p></div>', "text/plain": text}, raw=True)
 
-# %% ../nbs/91_report.ipynb #c020
+# %% ../nbs/91_report.ipynb #c017
 def provenance(
     run: Run,
     **more: Any,  # further facts, label -> value
@@ -116,12 +108,147 @@ def provenance(
     rows = {**facts, **{f"{k} (version)": v for k, v in versions().items()}, **more}
     return pd.DataFrame([(k, format_number(v)) for k, v in rows.items() if v is not None], columns=["fact", "value"])
 
-# %% ../nbs/91_report.ipynb #c021
+# %% ../nbs/91_report.ipynb #c018
 def _file_hash(path: Path) -> str | None:
     return sha256_file(path)[:16] if path.is_file() else None
 
-# %% ../nbs/91_report.ipynb #c022
+# %% ../nbs/91_report.ipynb #c019
 def _weights_hash(folder: Path) -> str | None:
     known = folder / "provenance.json"
     digest = read_json(known).get("weights_sha256") if known.is_file() else None
     return digest[:16] if digest else _file_hash(folder / "weights" / "best.pt")
+
+# %% ../nbs/91_report.ipynb #c023
+TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "int | None": int | None, "float | None": float | None,
+                         "str | None": str | None, "list[int]": list[int], "list[float]": list[float], "list[str]": list[str]}
+
+# %% ../nbs/91_report.ipynb #c024
+@dataclass(frozen=True)
+class Parameter:
+    "One line of a report's parameters cell."
+    kind: str  # its annotation, one of `TYPES`
+    default: Any
+    meaning: str  # the comment behind it
+
+# %% ../nbs/91_report.ipynb #c025
+def read_parameters(
+    notebook: Path,  # report notebook with one cell tagged `parameters`
+) -> dict[str, Parameter]:  # in the order of the cell
+    "Read what a report can be asked."
+    import nbformat
+    tagged = [c.source for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1: raise ValueError(f"{notebook}: expected one cell tagged `parameters`, got {len(tagged)}")
+    found, lines = {}, tagged[0].splitlines()
+    for node in ast.parse(tagged[0]).body:
+        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) and node.value else None
+        if kind not in TYPES:
+            raise ValueError(f"{notebook}, parameters: expected `name: type = default` with a type of {', '.join(TYPES)}, "
+                             f"got {ast.unparse(node)!r}")
+        meaning = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
+        found[node.target.id] = Parameter(kind, ast.literal_eval(node.value), meaning)
+    return found
+
+# %% ../nbs/91_report.ipynb #c028
+def parse_parameters(
+    declared: dict[str, Parameter],
+    given: dict[str, Any],  # name -> value, or its text as typed on a command line
+    where: str = "report",  # what to call the report in an error
+) -> dict[str, Any]:  # only what was given, with the declared types
+    "Turn given values into what the report declares; unknown names are refused."
+    from difflib import get_close_matches
+
+    from pydantic import TypeAdapter, ValidationError
+    parsed = {}
+    for name, value in given.items():
+        if name not in declared:
+            near = get_close_matches(name, declared, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(declared) or 'none'}"
+            raise ValueError(f"{where}: unknown parameter {name!r}{hint}")
+        kind = declared[name].kind
+        plain = yaml.safe_load(value) if isinstance(value, str) and not kind.startswith("str") else value
+        try: parsed[name] = TypeAdapter(TYPES[kind]).validate_python(plain)
+        except ValidationError as e:
+            raise ValueError(f"{where}: parameter {name}: expected {kind}, got {value!r}: {e.errors()[0]['msg']}") from None
+    return parsed
+
+# %% ../nbs/91_report.ipynb #c032
+def report_names(
+    folder: Path | None = None,  # where the report notebooks are; nbs/reports of the checkout when absent
+) -> list[str]:  # sorted; the reading order
+    "List the reports there are."
+    return sorted(p.stem for p in (folder or project_root() / "nbs" / "reports").glob("[0-9a-z]*.ipynb"))
+
+# %% ../nbs/91_report.ipynb #c033
+def _find_report(name: str, folder: Path | None) -> Path:
+    from difflib import get_close_matches
+    names = report_names(folder)
+    if name in names: return (folder or project_root() / "nbs" / "reports") / f"{name}.ipynb"
+    near = get_close_matches(name, names, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"report: expected one of {', '.join(names) or 'none'}, got {name!r}{hint}")
+
+# %% ../nbs/91_report.ipynb #c034
+def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
+    import papermill
+    from traitlets.config import Config
+    try:  # ipc keeps the kernel off the network; the timeout is per cell
+        papermill.execute_notebook(str(source), str(target), values, kernel_name="python3", progress_bar=False,
+                                   cwd=str(project_root()), execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
+                                   config=Config(KernelManager=dict(transport="ipc")))
+    except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
+    except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel and a timeout are no error of papermill's
+    return ""
+
+# %% ../nbs/91_report.ipynb #c035
+def _executed(target: Path, source: Path) -> nbformat.NotebookNode:
+    import nbformat
+    nb = nbformat.read(target if target.is_file() else source, 4)
+    nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    return nb
+
+# %% ../nbs/91_report.ipynb #c036
+def _headline_of(nb: nbformat.NotebookNode) -> dict:
+    found = (o["data"][HEADLINE] for c in nb.cells for o in c.get("outputs", []) if HEADLINE in o.get("data", {}))
+    return next(found, dict(question="", verdict="", numbers={}))
+
+# %% ../nbs/91_report.ipynb #c037
+def _title_of(nb: nbformat.NotebookNode, name: str) -> str:
+    lines = [line for c in nb.cells if c.cell_type == "markdown" for line in c.source.splitlines()]
+    return next((line[2:].strip() for line in lines if line.startswith("# ")), name)
+
+# %% ../nbs/91_report.ipynb #c038
+def run_report(
+    name: str,  # like 10_render
+    out: Path | str,  # folder for NAME.ipynb, NAME.html and NAME.json
+    parameters: dict[str, Any] | None = None,  # name -> value or its text
+    *,
+    timeout_s: float = 3600.0,  # seconds one cell may take
+    embed_frames: bool = True,  # may frames of the user's video be shown
+    folder: Path | None = None,  # where the report notebooks are; nbs/reports when absent
+) -> Path:  # the HTML page; NAME.json beside it tells whether the notebook got through
+    "Execute a report and write notebook, page and stamp, also when it fails."
+    source, out = _find_report(name, folder), Path(out).resolve()
+    declared = read_parameters(source)
+    given = {**(dict(embed_frames=embed_frames) if "embed_frames" in declared else {}), **(parameters or {})}
+    if given.get("run_dir"): given["run_dir"] = str(Path(given["run_dir"]).resolve())
+    values = parse_parameters(declared, given, name)
+    book, page, stamp = (out / f"{name}.{kind}" for kind in ("ipynb", "html", "json"))
+    for old in (book, page, stamp): old.unlink(missing_ok=True)
+    facts = dict(name=name, status="running", error="", parameters=values, notebook_sha256=sha256_file(source),
+                 code=code_hash(), versions=versions(), started=utc_now())
+    write_json(stamp, facts)
+    start = time.monotonic()
+    error = _execute(source, book, values, timeout_s)
+    nb = _executed(book, source)
+    facts.update(title=_title_of(nb, name), status="failed" if error else "ok", error=error.split("\n")[0][:500],
+                 seconds=round(time.monotonic() - start, 1), ended=utc_now(), **_headline_of(nb))
+    atomic_write(page, notebook_page(nb, title=facts["title"], banner=error, facts=_page_facts(facts, declared)))
+    write_json(stamp, facts)
+    return page
+
+# %% ../nbs/91_report.ipynb #c039
+def _page_facts(facts: dict, declared: dict[str, Parameter]) -> dict[str, str]:
+    used = {n: facts["parameters"].get(n, p.default) for n, p in declared.items()}
+    shown = ", ".join(f"{n} = {Path(v).name if n == 'run_dir' and v else v!r}" for n, v in used.items())
+    return {"parameters": shown, "made": facts["ended"], "seconds": format_number(facts["seconds"]), "code": facts["code"],
+            "notebook": facts["notebook_sha256"][:16]}
