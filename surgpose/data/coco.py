@@ -6,21 +6,22 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pycocotools import mask as coco_mask
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from ..files import read_json, safe_join, write_json
 from ..schema import KEYPOINTS, Poses, category_id, coco_categories
 
 # %% auto #0
 __all__ = ['AREA_SHARE', 'FORMATS', 'MAX_PIXELS', 'validate_coco', 'area_px2', 'new_coco', 'write_coco', 'read_coco',
-           'image_size', 'check_image', 'rle_of_mask', 'mask_of_rle', 'annotations_by_image', 'poses_by_image',
-           'check_splits', 'assign_splits', 'split_coco', 'merge_coco']
+           'check_image', 'rle_of_mask', 'mask_of_rle', 'annotations_by_image', 'poses_by_image', 'check_splits',
+           'assign_splits', 'split_coco', 'merge_coco']
 
 # %% ../../nbs/10_coco.ipynb #c005
 def _unwrap(value: Any) -> Any:
@@ -29,21 +30,15 @@ def _unwrap(value: Any) -> Any:
 _Int = Annotated[int, BeforeValidator(_unwrap), Field(strict=True)]
 _Number = Annotated[float, BeforeValidator(_unwrap), Field(strict=True, allow_inf_nan=False)]
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-class _Image(_Record):
+class _Image(BaseModel, extra="allow"):
     id: _Int
     file_name: str
     width: Annotated[_Int, Field(gt=0)]
     height: Annotated[_Int, Field(gt=0)]
-    fx: Annotated[_Number, Field(gt=0)] | None = None
-    fy: Annotated[_Number, Field(gt=0)] | None = None
-    cx: _Number | None = None
-    cy: _Number | None = None
+    fx: _Number = None; fy: _Number = None; cx: _Number = None; cy: _Number = None  # may be absent, not null
 
 # %% ../../nbs/10_coco.ipynb #c007
-class _Category(_Record):
+class _Category(BaseModel, extra="allow"):
     id: _Int
     name: str
     keypoints: list[str] = list(KEYPOINTS)
@@ -53,43 +48,43 @@ class _Category(_Record):
     def _known(self) -> _Category:
         category_id(self.name)
         if self.keypoints and tuple(self.keypoints) != KEYPOINTS:
-            raise ValueError(f"keypoints: expected {', '.join(KEYPOINTS)} in this order, got {', '.join(self.keypoints)}")
-        bad = [bone for bone in self.skeleton if not all(1 <= end <= len(KEYPOINTS) for end in bone)]
-        if bad: raise ValueError(f"skeleton: expected pairs of 1 to {len(KEYPOINTS)} (COCO counts from 1), got {list(bad[0])}")
+            raise ValueError(f"keypoints: expected {KEYPOINTS} in this order, got {self.keypoints}")
+        for bone in self.skeleton:
+            if not 1 <= min(bone) <= max(bone) <= len(KEYPOINTS):
+                raise ValueError(f"skeleton: COCO counts from 1 to {len(KEYPOINTS)}, got {list(bone)}")
         return self
 
 # %% ../../nbs/10_coco.ipynb #c009
-class _Annotation(_Record):
+class _Annotation(BaseModel, extra="allow"):
     id: _Int
     image_id: _Int
     category_id: _Int
     bbox: Annotated[list[_Number], BeforeValidator(_unwrap), Field(min_length=4, max_length=4)]
     area: Annotated[_Number, Field(ge=0)] | None = None
-    keypoints: Annotated[list[_Number], BeforeValidator(_unwrap)] | None = None
-    num_keypoints: _Int | None = None
+    keypoints: Annotated[list[_Number], BeforeValidator(_unwrap)] = None  # may be absent, not null
+    num_keypoints: _Int = None
 
     @model_validator(mode="after")
     def _sound(self) -> _Annotation:
-        if min(self.bbox[2:]) <= 0: raise ValueError(f"bbox: expected width and height > 0 px, got {self.bbox}")
+        if min(self.bbox[2:]) <= 0: raise ValueError(f"bbox: width and height must be > 0, got {self.bbox}")
         if self.keypoints is None: return self
-        if len(self.keypoints) != 3 * len(KEYPOINTS):
-            raise ValueError(f"keypoints: expected {3 * len(KEYPOINTS)} numbers for {len(KEYPOINTS)} points, got {len(self.keypoints)}")
+        want, got = 3 * len(KEYPOINTS), len(self.keypoints)
+        if got != want: raise ValueError(f"keypoints: {len(KEYPOINTS)} points need {want} numbers, got {got}")
         points = np.reshape(self.keypoints, (-1, 3))
-        if not np.isin(points[:, 2], (0, 1, 2)).all():
-            raise ValueError(f"keypoints: expected visibility 0, 1 or 2, got {points[:, 2].tolist()}")
-        if points[points[:, 2] == 0].any(): raise ValueError("keypoints: a point with visibility 0 must be (0, 0, 0)")
-        labelled = int((points[:, 2] > 0).sum())
+        flags, labelled = points[:, 2], int(np.count_nonzero(points[:, 2]))
+        if not np.isin(flags, (0, 1, 2)).all():
+            raise ValueError(f"keypoints: expected visibility 0, 1 or 2, got {flags.tolist()}")
+        if points[flags == 0].any(): raise ValueError("keypoints: a point of visibility 0 must be (0, 0, 0)")
         if self.num_keypoints not in (None, labelled):
-            raise ValueError(f"num_keypoints: expected {labelled}, the labelled keypoints, got {self.num_keypoints}")
+            raise ValueError(f"num_keypoints: {labelled} keypoints are labelled, got {self.num_keypoints}")
         return self
 
-# %% ../../nbs/10_coco.ipynb #c010
-class _File(_Record):
+class _File(BaseModel, extra="allow"):
     images: list[_Image]
     annotations: list[_Annotation]
     categories: list[_Category]
 
-# %% ../../nbs/10_coco.ipynb #c011
+# %% ../../nbs/10_coco.ipynb #c010
 def _complaints(error: ValidationError) -> list[str]:
     lines = []
     for e in error.errors(include_url=False):
@@ -98,29 +93,32 @@ def _complaints(error: ValidationError) -> list[str]:
         lines.append(f"{path or 'file'}: {e['msg'].removeprefix('Value error, ')}{got}")
     return lines
 
-# %% ../../nbs/10_coco.ipynb #c013
+# %% ../../nbs/10_coco.ipynb #c012
 def _cross_check(coco: dict, root: Path) -> list[str]:
-    lines = []
-    for key in ("images", "annotations", "categories"):
-        seen: dict[int, int] = {}
-        for i, row in enumerate(coco[key]):
-            if seen.setdefault(row["id"], i) != i:
-                lines.append(f"{key}[{i}].id: {row['id']} is already the id of {key}[{seen[row['id']]}]")
+    lines: list[str] = []
     sizes = {im["id"]: [im["height"], im["width"]] for im in coco["images"]}
     classes = {c["id"] for c in coco["categories"]}
     for i, im in enumerate(coco["images"]):
         try: safe_join(root, im["file_name"], f"images[{i}].file_name")
         except ValueError as e: lines.append(str(e))
     for i, a in enumerate(coco["annotations"]):
-        at, mask = f"annotations[{i}]", a.get("segmentation")
-        if a["image_id"] not in sizes: lines.append(f"{at}.image_id: there is no image with id {a['image_id']}")
-        elif isinstance(mask, dict) and list(mask.get("size", ())) != sizes[a["image_id"]]:
-            lines.append(f"{at}.segmentation.size: expected the image's {sizes[a['image_id']]}, got {mask.get('size')}")
-        if a["category_id"] not in classes: lines.append(f"{at}.category_id: there is no category with id {a['category_id']}")
-    names = Counter(im["file_name"] for im in coco["images"])
-    names_twice = [f"images: file_name {n!r} occurs {k} times" for n, k in names.items() if k > 1]
-    return lines + names_twice + [f"categories: {n!r} occurs {k} times" for n, k in Counter(
-        category_id(c["name"]) for c in coco["categories"]).items() if k > 1]
+        at, mask, size = f"annotations[{i}]", a.get("segmentation"), sizes.get(a["image_id"])
+        if size is None: lines.append(f"{at}.image_id: there is no image with id {a['image_id']}")
+        elif isinstance(mask, dict) and list(mask.get("size", ())) != size:
+            lines.append(f"{at}.segmentation.size: the image has {size}, got {mask.get('size')}")
+        if a["category_id"] not in classes:
+            lines.append(f"{at}.category_id: there is no category with id {a['category_id']}")
+    return lines
+
+# %% ../../nbs/10_coco.ipynb #c013
+def _twice(coco: dict) -> list[str]:
+    keys = [(f"{part}[{i}].id", part, row["id"]) for part in ("images", "annotations", "categories")
+            for i, row in enumerate(coco[part])]
+    keys += [(f"images[{i}].file_name", "file_name", im["file_name"]) for i, im in enumerate(coco["images"])]
+    keys += [(f"categories[{i}].name", "class", category_id(c["name"])) for i, c in enumerate(coco["categories"])]
+    first: dict[tuple, str] = {}
+    return [f"{path}: {value!r} occurs twice, first in {first[kind, value]}" for path, kind, value in keys
+            if first.setdefault((kind, value), path) != path]
 
 # %% ../../nbs/10_coco.ipynb #c014
 def validate_coco(
@@ -132,9 +130,8 @@ def validate_coco(
     "Refuse a malformed dataset, naming the place in the file; category ids may be foreign, names may not."
     try: _File.model_validate(coco)
     except ValidationError as e: lines = _complaints(e)
-    else: lines = _cross_check(coco, Path(root))
-    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-    if lines: raise ValueError(f"{where}: {'; '.join(lines[:5])}{more}")
+    else: lines = _twice(coco) + _cross_check(coco, Path(root))
+    if lines: raise ValueError(f"{where}: " + "; ".join(lines[:5] + [f"{len(lines)} such in all"] * (len(lines) > 5)))
 
 # %% ../../nbs/10_coco.ipynb #c020
 AREA_SHARE = 0.53  # of the box, where there is no mask
@@ -151,9 +148,8 @@ def _in_schema(coco: dict) -> dict:
     ids = {c["id"]: category_id(c["name"]) for c in coco["categories"]}
     rows = []
     for a in coco["annotations"]:
-        labelled = sum(v > 0 for v in a.get("keypoints", ())[2::3])
-        rows.append({**a, "category_id": ids[a["category_id"]], "area": area_px2(a), "iscrowd": a.get("iscrowd", 0),
-                     "num_keypoints": labelled})
+        rows.append({"iscrowd": 0, **a, "category_id": ids[a["category_id"]], "area": area_px2(a),
+                     "num_keypoints": int(np.count_nonzero(a.get("keypoints", ())[2::3]))})
     return {**coco, "annotations": rows, "categories": coco_categories()}
 
 # %% ../../nbs/10_coco.ipynb #c026
@@ -188,8 +184,10 @@ def read_coco(
     coco = read_json(path)
     validate_coco(coco, str(path), root=path.parent)
     flat = sum(not a.get("area") for a in coco["annotations"])
-    if flat: warnings.warn(f"{path}: {flat} annotations without an area; {AREA_SHARE} of their box stands in", stacklevel=2)
-    if check_images: _check_images(path.parent, coco, str(path))
+    if flat: warnings.warn(f"{path}: {flat} areas missing, {AREA_SHARE} of the box taken", stacklevel=2)
+    for i, im in enumerate(coco["images"] if check_images else ()):
+        got, told = check_image(safe_join(path.parent, im["file_name"])), (im["width"], im["height"])
+        if got != told: raise ValueError(f"{path}: images[{i}]: expected {told} px, the file has {got}")
     return _in_schema(coco)
 
 # %% ../../nbs/10_coco.ipynb #c033
@@ -197,12 +195,12 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB at three bytes a pixel
 
 # %% ../../nbs/10_coco.ipynb #c034
-def image_size(
+def check_image(
     path: Path | str,
     *,
-    decode: bool = False,  # also unpack it to the last byte
+    decode: bool = True,  # unpack it to the last byte; else only the header is read
 ) -> tuple[int, int]:  # width, height in px, turned as its EXIF orientation says
-    "Read an image's size from its header, refusing what is no image or too large a one."
+    "Refuse what is no image, a damaged one, or too large a one."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected an image, there is no such file")
     try:
@@ -216,45 +214,29 @@ def image_size(
         raise ValueError(f"{path}: expected at most {MAX_PIXELS} pixels; {e}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: expected an image ({', '.join(FORMATS)}), got something else of "
-                         f"{path.stat().st_size} bytes; convert it, or leave it out") from None
+                         f"{path.stat().st_size} bytes; convert or drop it") from None
     except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path}: expected a whole image, {e}; {path.stat().st_size} bytes, copy it again") from None
+        raise ValueError(f"{path}: damaged, {e}, of {path.stat().st_size} bytes; copy it again") from None
     return size
 
-# %% ../../nbs/10_coco.ipynb #c035
-def check_image(
-    path: Path | str,
-) -> tuple[int, int]:  # width, height in px
-    "Decode an image to the end."
-    return image_size(path, decode=True)
-
-# %% ../../nbs/10_coco.ipynb #c036
-def _check_images(root: Path, coco: dict, where: str) -> None:
-    for i, im in enumerate(coco["images"]):
-        got = check_image(safe_join(root, im["file_name"]))
-        if got != (im["width"], im["height"]):
-            raise ValueError(f"{where}: images[{i}]: expected {im['width']}x{im['height']} px, {im['file_name']} has {got[0]}x{got[1]}")
-
-# %% ../../nbs/10_coco.ipynb #c040
+# %% ../../nbs/10_coco.ipynb #c038
 def rle_of_mask(
     mask: np.ndarray,  # (H, W) bool
 ) -> dict:  # size [H, W] and counts, a string
     "Pack a mask."
-    from pycocotools import mask as coco_mask
-
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return dict(size=[int(s) for s in rle["size"]], counts=rle["counts"].decode("ascii"))
 
-# %% ../../nbs/10_coco.ipynb #c041
+# %% ../../nbs/10_coco.ipynb #c039
 def mask_of_rle(
     rle: dict,  # size [H, W] and counts
 ) -> np.ndarray:  # (H, W) bool
     "Unpack a mask."
-    from pycocotools import mask as coco_mask
+    mask = coco_mask.decode(rle).astype(bool)
+    if mask.sum() == coco_mask.area(rle): return mask
+    raise ValueError(f"mask: the run lengths do not fill {rle['size']} pixels")  # the rest would be stray memory
 
-    return coco_mask.decode(rle).astype(bool)
-
-# %% ../../nbs/10_coco.ipynb #c048
+# %% ../../nbs/10_coco.ipynb #c045
 def annotations_by_image(
     coco: dict,
 ) -> dict[int, list[dict]]:  # image id -> its annotations; every image is there, also an empty one
@@ -263,33 +245,35 @@ def annotations_by_image(
     for a in coco["annotations"]: groups[a["image_id"]].append(a)
     return groups
 
-# %% ../../nbs/10_coco.ipynb #c049
+# %% ../../nbs/10_coco.ipynb #c046
 def poses_by_image(
     coco: dict,
 ) -> dict[int, Poses]:  # image id -> its tools; keypoints that are not there count as outside
     "Group annotations by image, as arrays."
     none = [0.0] * (3 * len(KEYPOINTS))
-    return {i: Poses.from_rows([{"keypoints": none, **a} for a in rows]) for i, rows in annotations_by_image(coco).items()}
+    return {i: Poses.from_rows([{"keypoints": none, **a} for a in rows])
+            for i, rows in annotations_by_image(coco).items()}
 
-# %% ../../nbs/10_coco.ipynb #c053
+# %% ../../nbs/10_coco.ipynb #c050
 def _group(image: dict, by: str) -> Any:
-    if by not in image: raise ValueError(f"split: image {image['file_name']!r} has no {by!r} to group by; choose another field")
-    return image[by]
+    if by in image: return image[by]
+    raise ValueError(f"split: image {image['file_name']!r} has no {by!r} to group by; choose another field")
 
-# %% ../../nbs/10_coco.ipynb #c054
+# %% ../../nbs/10_coco.ipynb #c051
 def check_splits(
     coco: dict,  # images with a `split`
     *,
     by: str = "scene",  # image field that names the group
 ) -> dict[str, int]:  # split -> how many groups
     "Refuse a dataset of which one group lies on both sides."
-    sides = defaultdict(set)
-    for im in coco["images"]: sides[_group(im, by)].add(im.get("split"))
-    torn = [g for g, s in sides.items() if len(s) > 1]
-    if torn: raise ValueError(f"split: {by} {torn[0]!r} lies in {sorted(map(str, sides[torn[0]]))}; a group belongs to one split ({len(torn)} do not)")
-    return dict(Counter(s.pop() for s in sides.values()))
+    first: dict[Any, str] = {}
+    for im in coco["images"]:
+        other = first.setdefault(_group(im, by), im["split"])
+        if other != im["split"]:
+            raise ValueError(f"split: {by} {im[by]!r} lies in {other} and in {im['split']}; it belongs to one")
+    return dict(Counter(first.values()))
 
-# %% ../../nbs/10_coco.ipynb #c055
+# %% ../../nbs/10_coco.ipynb #c052
 def assign_splits(
     coco: dict,
     val_share: float,  # share of the images wanted for validation
@@ -298,19 +282,17 @@ def assign_splits(
     seed: int = 0,
 ) -> dict:  # the dataset with `split` "train" or "val" on every image
     "Split into training and validation, group by group."
-    if not 0 <= val_share < 1: raise ValueError(f"assign_splits: val_share must be in [0, 1), got {val_share}")
+    if not 0 <= val_share < 1: raise ValueError(f"val_share: expected 0 <= share < 1, got {val_share}")
     sizes = Counter(_group(im, by) for im in coco["images"])
-    names = sorted(sizes, key=str)
-    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    order = np.random.default_rng(seed).permutation(np.array(sorted(sizes, key=str), object))
     filled = np.cumsum([0] + [sizes[g] for g in order[:-1]])  # at least one group is left to train on
     take = int(np.abs(filled - val_share * len(coco["images"])).argmin())
-    if val_share > 0 and len(order) > 1: take = max(take, 1)
-    val = set(order[:take])
+    val = set(order[:max(take, int(val_share > 0 and len(order) > 1))])
     out = {**coco, "images": [{**im, "split": "val" if im[by] in val else "train"} for im in coco["images"]]}
     check_splits(out, by=by)
     return out
 
-# %% ../../nbs/10_coco.ipynb #c056
+# %% ../../nbs/10_coco.ipynb #c053
 def split_coco(
     coco: dict,
     split: str,  # "train" or "val"
@@ -320,7 +302,7 @@ def split_coco(
     ids = {im["id"] for im in images}
     return {**coco, "images": images, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
 
-# %% ../../nbs/10_coco.ipynb #c060
+# %% ../../nbs/10_coco.ipynb #c057
 def merge_coco(
     cocos: list[dict],  # datasets whose file names are relative to the same folder
 ) -> dict:  # one dataset, ids numbered from 1
@@ -331,6 +313,4 @@ def merge_coco(
         images += [{**im, "id": new_id[im["id"]]} for im in coco["images"]]
         annotations += [{**a, "id": len(annotations) + i, "image_id": new_id[a["image_id"]]}
                         for i, a in enumerate(_in_schema(coco)["annotations"], 1)]
-    twice = [n for n, k in Counter(im["file_name"] for im in images).items() if k > 1]
-    if twice: raise ValueError(f"merge_coco: file_name {twice[0]!r} occurs twice ({len(twice)} such); rename, or keep the sets apart")
     return new_coco(images, annotations, dict(merged=[c.get("info", {}) for c in cocos]))
