@@ -147,6 +147,8 @@ class TrackConfig(Section):
     match_iou: float = Field(0.5, ge=0, le=1, description="box IoU that links two frames")
     match_oks: float = Field(0.6, ge=0, le=1, description="OKS that links two frames, at the schema's sigmas")
     max_gap: int = Field(2, ge=0, description="sampled frames a track may miss")
+    class_share: float = Field(0.75, ge=0, le=1, description="share of a track's scores its class needs; with less the whole track is doubtful")
+    max_jump: float = Field(0.25, gt=0, description="how far a keypoint may lie from where its track says, as a share of the box's diagonal")
 
 # %% ../nbs/01_config.ipynb #c018
 class RefineConfig(Section):
