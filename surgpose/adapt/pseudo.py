@@ -144,7 +144,9 @@ def candidates(
     cfg: PseudoConfig,
 ) -> Candidates:  # tracks are not known yet: all -1
     "Judge every detection by itself and against the others of its frame."
-    rows = []
+    rows, order = [], [f.index for f, _ in predictions]
+    if order != sorted(set(order)):
+        raise ValueError(f"candidates: expected one video's frames in order of time, got {order[:5]}...")
     for frame, poses in predictions:
         poses = clean_poses(poses[poses.score >= cfg.doubt_conf], cfg.kp_conf, frame=frame)
         found = doubts(poses, cfg)
