@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import trimesh
 from scipy.interpolate import PchipInterpolator
+from trimesh.transformations import rotation_matrix
 
 # %% auto #0
 __all__ = ['sweep', 'profile', 'dome', 'stations', 'Body', 'needle_holder', 'tweezers']
@@ -21,20 +22,21 @@ def sweep(
     height: np.ndarray | float,  # (S,) mm along z
     *,
     shift: np.ndarray | float = 0.0,  # (S,) mm, moves the section to the left of the curve
+    across: tuple[float, float, float] | None = None,  # fixed direction of width; else square to the curve
     squareness: float = 3.0,  # exponent of the section; 2 is an ellipse, large is a rectangle
     sides: int = 16,  # corners of the section
     closed: bool = False,  # join the last section to the first
 ) -> trimesh.Trimesh:  # watertight
     "Sweep a rounded section along a curve."
     path = np.asarray(path, float)
-    ahead, behind = (np.roll(path, -1, 0), np.roll(path, 1, 0)) if closed else (path, path)
-    along = ahead - behind if closed else np.gradient(path, axis=0)
+    along = np.roll(path, -1, 0) - np.roll(path, 1, 0) if closed else np.gradient(path, axis=0)
     along /= np.linalg.norm(along, axis=1, keepdims=True)
     left = np.stack([-along[:, 1], along[:, 0], 0 * along[:, 0]], -1)
+    if across is not None: left = np.broadcast_to(across, path.shape)
     t = np.arange(sides) / sides * 2 * np.pi
     u, v = (np.sign(f) * np.abs(f) ** (2 / squareness) for f in (np.cos(t).round(9), np.sin(t).round(9)))
     w, h, s = (np.broadcast_to(a, len(path))[:, None, None] for a in (width, height, shift))
-    rings = path[:, None] + left[:, None] * (s + w / 2 * u[None, :, None]) + [0, 0, 0.5] * h * v[None, :, None]
+    rings = path[:, None] + left[:, None] * (s + w / 2 * u[:, None]) + [0, 0, 0.5] * h * v[:, None]
     return _skin(rings, closed) if closed else _skin(rings[1:-1], closed, path[0], path[-1])
 
 # %% ../../nbs/20a_shapes.ipynb #c006
@@ -78,8 +80,8 @@ def stations(
     "Choose where sections stand."
     near = 1 - np.cos(np.linspace(0, np.pi / 2, 6))
     middle = np.linspace(start + depth[0], stop - depth[1], max(3, int((stop - start) / step)))
-    every = np.concatenate([start + depth[0] * near, middle, stop - depth[1] * near, np.asarray(extra, float)])
-    return np.unique(every.round(6))
+    ends = start + depth[0] * near, stop - depth[1] * near
+    return np.unique(np.concatenate([*ends, middle, np.asarray(extra, float)]).round(6))
 
 # %% ../../nbs/20a_shapes.ipynb #c016
 class Body(NamedTuple):
@@ -90,146 +92,145 @@ class Body(NamedTuple):
     radius: list[float]  # (5,)
 
 # %% ../../nbs/20a_shapes.ipynb #c018
-def _half_curve(p: dict[str, Any]) -> dict[str, np.ndarray]:
-    lock, end = p["lock_mm"] / 2, _ring(p)["joint"]
-    x = stations(end[0], p["jaw_mm"], 2.2, (0.5, 0.9 * p["tip_width_mm"]), np.linspace(-lock, lock, 9))
-    base, shank = p["base_width_mm"], p["shank_width_mm"]
-    width = profile(x, {end[0]: 0.85 * shank, 0.5 * end[0]: shank, -1.3 * lock: 1.12 * shank, -0.8 * lock: 0.93 * p["lock_width_mm"],
-                        0: p["lock_width_mm"], 0.8 * lock: 0.93 * p["lock_width_mm"], 1.3 * lock: base,
-                        0.6 * p["jaw_mm"]: 0.35 * p["tip_width_mm"] + 0.65 * base, p["jaw_mm"]: p["tip_width_mm"]})
-    height = profile(x, {end[0]: 0.95 * p["shank_height_mm"], 0.4 * end[0]: p["shank_height_mm"], -lock: p["lock_height_mm"],
-                         lock: p["lock_height_mm"], p["jaw_mm"]: p["tip_height_mm"]})
-    y_lock = 0.5 * base + 0.1
-    shank_y = profile(x, {end[0]: end[1], 0.45 * (end[0] - lock): 0.5 * (end[1] - y_lock) - p["shank_bow_mm"], -lock: -y_lock})
-    s = np.clip((x + lock) / (2 * lock), 0, 1)
-    cross = y_lock * (2 * (3 * s**2 - 2 * s**3) - 1)
-    y = np.where(x > lock, np.minimum(width, base) / 2 + 0.1, np.where(x < -lock, shank_y, cross))
-    return dict(x=x, y=y, width=width, height=height, dome=dome(p["jaw_mm"] - x, 0.9 * p["tip_width_mm"]) * dome(x - end[0], 0.5))
-
-# %% ../../nbs/20a_shapes.ipynb #c019
 def _ring(p: dict[str, Any]) -> dict[str, np.ndarray]:
-    a, b = (p["ring_length_mm"] - p["ring_wire_mm"]) / 2, (p["ring_width_mm"] - p["ring_wire_mm"]) / 2
-    tilt = np.radians(p["ring_tilt_deg"])
+    wire, tilt = p["ring_wire_mm"], np.radians(p["ring_tilt_deg"])
+    a, b = (p["ring_length_mm"] - wire) / 2, (p["ring_width_mm"] - wire) / 2
     back, inner = np.array([-np.cos(tilt), -np.sin(tilt), 0]), np.array([-np.sin(tilt), np.cos(tilt), 0])
-    outer = a + p["ring_wire_mm"] / 2
     end_x = p["jaw_mm"] - p["length_mm"]
-    centre = np.array([end_x + outer * np.cos(tilt), -p["ring_gap_mm"] / 2 - b - p["ring_wire_mm"] / 2, 0])
-    t = np.arange(48) / 48 * 2 * np.pi
-    loop = centre + a * np.cos(t)[:, None] * back + b * np.sin(t)[:, None] * inner
+    far, wide = np.hypot(a * back[0], b * inner[0]), np.hypot(a * back[1], b * inner[1])
+    centre = np.array([end_x + far + wire / 2, -p["ring_gap_mm"] / 2 - wide - wire / 2, 0])
+    t = np.arctan2(-b * inner[0], -a * back[0]) + np.arange(48)[:, None] / 48 * 2 * np.pi
+    loop = centre + a * np.cos(t) * back + b * np.sin(t) * inner
     joint = centre - a * np.cos(0.8) * back + b * np.sin(0.8) * inner
-    return dict(loop=loop, joint=joint, end=centre + outer * back, probe=centre + a * back)
+    return dict(loop=loop, joint=joint, end=loop[0] - [wire / 2, 0, 0], probe=loop[0])
 
 # %% ../../nbs/20a_shapes.ipynb #c020
-def _left_half(p: dict[str, Any], lock_extra: float) -> dict[str, tuple[trimesh.Trimesh, str]]:
-    c, ring, zero = _half_curve(p), _ring(p), 0.0
-    x, y, gold = c["x"], c["y"], "gold" if p["gold_rings"] else "steel"
-    lock = np.abs(x) < 0.8 * p["lock_mm"] / 2
-    path = np.stack([x, y, 0 * x], -1)
-    parts = {"": (sweep(path, c["width"] * c["dome"], (c["height"] + lock_extra * lock) * c["dome"], squareness=3.5), "steel"),
-             "ring": (sweep(ring["loop"], p["ring_wire_mm"], 0.92 * p["ring_wire_mm"], squareness=2.2, sides=12, closed=True), gold)}
-    if p["inserts"]:
-        xi = stations(0.36 * p["jaw_mm"], p["jaw_mm"] - 0.5, 3, (0.4, 0.4))
-        round_ = dome(xi - xi[0], 0.4) * dome(xi[-1] - xi, 0.4)
-        high = np.interp(xi, x, c["height"]) + 0.12
-        parts["insert"] = (sweep(np.stack([xi, 0 * xi + 0.43, 0 * xi], -1), 0.78 * round_, high * round_, squareness=6), "insert")
-    xr = ring["joint"][0] + 0.3 * p["ring_length_mm"]
-    t = stations(np.interp(xr, x, y), 3.2, 0.45, (0.8, 0.8))
-    teeth = 1 - 0.22 * ((np.arange(len(t)) % 3) == 0) * (t > -1.5)
-    bar = np.stack([xr + 0.02 * (t - t[0]) ** 2, t, 0 * t + 0.25 * p["shank_height_mm"] + zero], -1)
-    round_ = dome(t - t[0], 0.8) * dome(t[-1] - t, 0.8)
-    parts["ratchet"] = (sweep(bar, 3.6 * round_ * teeth, 0.44 * p["shank_height_mm"] * round_, squareness=4, sides=12), "steel")
-    return parts
+def _half_curve(p: dict[str, Any]) -> dict[str, np.ndarray]:
+    lock, box, jaw, tip = p["lock_mm"] / 2, p["lock_width_mm"], p["jaw_mm"], p["tip_width_mm"]
+    (end, end_y, _), shank = _ring(p)["joint"], p["shank_width_mm"]
+    edges = [e + d for e in (-lock, lock) for d in (-0.8, -0.3, 0.3, 0.8)]
+    x = stations(end, jaw, 2.2, (0.5, 0.65 * tip), np.append(np.linspace(-lock, lock, 7), edges))
+    front = profile(x, {lock: box / 2 - 0.1, 0.6 * jaw: 0.36 * tip + 0.3 * box, jaw: tip})
+    back = profile(x, {end: 0.9 * shank, 0.5 * end: shank, -2.6 * lock: 1.06 * shank, -lock: box / 2 - 0.1})
+    start = -box / 4 - 0.05
+    middle_y = 0.52 * (end_y + start) - p["shank_bow_mm"]
+    bow = {end: end_y, 0.5 * (end - lock): middle_y, -2 * lock: 1.15 * start, -lock: start}
+    inside = 1 - np.clip(0.5 + (np.abs(x) - lock) / 1.2, 0, 1)
+    arm_y, arm = np.where(x > 0, front / 2 + 0.1, profile(x, bow)), np.where(x > 0, front, back)
+    plate, bar = p["lock_height_mm"] - 0.6, p["shank_height_mm"]
+    height = profile(x, {end: 0.95 * bar, 0.4 * end: bar, -2 * lock: 0.5 * (bar + plate) + 0.3,
+                         -lock: plate, lock: plate, jaw: p["tip_height_mm"]})
+    ends = dome(jaw - x, 0.65 * tip) * dome(x - end, 0.5)
+    width = (inside * box + (1 - inside) * arm) * ends
+    return dict(x=x, y=arm_y * (1 - inside), width=width, height=height * ends, inside=inside)
 
 # %% ../../nbs/20a_shapes.ipynb #c021
+def _insert(p: dict[str, Any], curve: dict[str, np.ndarray]) -> trimesh.Trimesh:
+    x = stations(0.36 * p["jaw_mm"], p["jaw_mm"] - 0.5, 3, (0.4, 0.4))
+    ends = dome(x - x[0], 0.4) * dome(x[-1] - x, 0.4)
+    height = np.interp(x, curve["x"], curve["height"]) + 0.12
+    return sweep(np.stack([x, 0 * x + 0.43, 0 * x], -1), 0.78 * ends, height * ends, squareness=6)
+
+# %% ../../nbs/20a_shapes.ipynb #c022
+def _ratchet(p: dict[str, Any], curve: dict[str, np.ndarray]) -> trimesh.Trimesh:
+    x, high = _ring(p)["joint"][0] + 0.22 * p["ring_length_mm"], 0.5 * p["shank_height_mm"]
+    y = stations(np.interp(x, curve["x"], curve["y"]), 3.4, 0.6, (0.8, 0.8))
+    tooth = 1 - 0.28 * (np.arange(len(y)) % 2) * (y > -2.5)
+    ends = dome(y - y[0], 0.8) * dome(y[-1] - y, 0.8)
+    path = np.stack([x - 0.015 * (y - y[0]) ** 2, y, 0 * y + 0.52 * high], -1)
+    width, height = 4.2 * ends * np.sqrt(tooth), high * ends * tooth
+    return sweep(path, width, height, across=(-1, 0, 0), squareness=5, sides=12)
+
+# %% ../../nbs/20a_shapes.ipynb #c023
+def _half(p: dict[str, Any], box_extra: float) -> dict[str, tuple[trimesh.Trimesh, str]]:
+    c, wire = _half_curve(p), p["ring_wire_mm"]
+    path = np.stack([c["x"], c["y"], 0 * c["x"]], -1)
+    body = sweep(path, c["width"], c["height"] + box_extra * c["inside"], across=(0, 1, 0), squareness=4)
+    ring = sweep(_ring(p)["loop"], wire, 0.92 * wire, squareness=2.2, sides=12, closed=True)
+    parts = {"": (body, "steel"), "ring": (ring, "gold" if p["gold_rings"] else "steel"),
+             "ratchet": (_ratchet(p, c), "steel")}
+    return parts | ({"insert": (_insert(p, c), "insert")} if p["inserts"] else {})
+
+# %% ../../nbs/20a_shapes.ipynb #c024
 def needle_holder(
     params: dict[str, Any],  # mm, degrees; the names are those of `synth.tools.RANGES`
     opening_deg: float,  # between the jaws
 ) -> Body:
     "Shape a needle holder."
-    p, parts, at = params, {}, {}
-    ring, probe_x = _ring(p), p["jaw_mm"] - 0.45
-    points = np.array([[p["jaw_mm"], p["tip_width_mm"] / 2 + 0.1, 0], [probe_x, p["tip_width_mm"] / 2 + 0.1, 0], ring["end"], ring["probe"]])
+    p, ring, parts, at = params, _ring(params), {}, {}
+    y_tip = p["tip_width_mm"] / 2 + 0.1
+    points = np.array([[p["jaw_mm"], y_tip, 0], [p["jaw_mm"] - 0.45, y_tip, 0], ring["end"], ring["probe"]])
     for side, name in ((1, "left"), (-1, "right")):
-        turn = trimesh.transformations.rotation_matrix(side * np.radians(opening_deg) / 2, [0, 0, 1]) @ _mirror(side)
-        for body, (mesh, material) in _left_half(p, 0.4 * side).items():
+        turn = rotation_matrix(side * np.radians(opening_deg) / 2, [0, 0, 1]) @ np.diag([1.0, side, side, 1])
+        for body, (mesh, material) in _half(p, 0.0 if side > 0 else 0.6).items():
             parts[f"{name}_{body}".rstrip("_")] = mesh.apply_transform(turn), material
         at[name] = trimesh.transform_points(points, turn)
-    parts["both_pin"] = trimesh.creation.cylinder(0.17 * p["lock_width_mm"], p["lock_height_mm"] + 1.0, sections=24), "steel"
+    pin = trimesh.creation.cylinder(0.16 * p["lock_width_mm"], p["lock_height_mm"] + 0.2, sections=24)
     tip, tip_in, end, end_in = np.stack([at["left"], at["right"]], 1)
-    keypoints = np.stack([tip.mean(0), *tip, np.zeros(3), end.mean(0)])
     r_tip = np.hypot(p["tip_width_mm"], p["tip_height_mm"]) / 2 + 0.3
-    r_lock = np.hypot(p["lock_width_mm"], p["lock_height_mm"] + 1) / 2 + 0.3
-    return Body(parts, keypoints, [tip_in, tip_in[:1], tip_in[1:], np.zeros((1, 3)), end_in],
+    r_lock = np.hypot(p["lock_width_mm"], p["lock_height_mm"]) / 2 + 0.3
+    return Body(parts | {"both_pin": (pin, "steel")}, np.stack([tip.mean(0), *tip, np.zeros(3), end.mean(0)]),
+                [tip_in, tip_in[:1], tip_in[1:], np.zeros((1, 3)), end_in],
                 [r_tip, r_tip, r_tip, r_lock, 0.71 * p["ring_wire_mm"] + 0.3])
 
-# %% ../../nbs/20a_shapes.ipynb #c022
-def _mirror(side: int) -> np.ndarray:
-    return np.diag([1.0, side, side, 1.0])  # the right half is the left one turned over about x, as in the real instrument
-
-# %% ../../nbs/20a_shapes.ipynb #c024
+# %% ../../nbs/20a_shapes.ipynb #c032
 def _arm_widths(p: dict[str, Any]) -> dict[float, float]:
     n, g, half, tip = p["length_mm"], p["grip_centre"] * p["length_mm"], p["grip_mm"] / 2, p["tip_width_mm"]
-    grip = p["grip_width_mm"]
-    table = {0: 0.8 * p["end_width_mm"], 0.06 * n: p["end_width_mm"], 0.5 * (g - half): p["neck_width_mm"],
-             g - half: 0.96 * grip, g: grip, g + half: 0.88 * grip, n: tip}
-    beyond = n - g - half
-    if p["style"] == "adson": return table | {g + half + 0.18 * beyond: 0.8 * grip, g + half + 0.42 * beyond: 1.5 * tip}
-    if p["style"] == "fine": return table | {g + half + 0.35 * beyond: 0.45 * grip + 0.6 * tip, g + half + 0.7 * beyond: 1.15 * tip}
-    return table | {g + half + 0.5 * beyond: 0.5 * grip + 0.4 * tip}
+    grip, toe = p["grip_width_mm"], g + half
+    table = {0: 0.8 * p["end_width_mm"], 0.06 * n: p["end_width_mm"], 0.55 * (g - half): p["neck_width_mm"],
+             g - half: 0.95 * grip, g: grip, toe: 0.86 * grip, n: tip}
+    bends = {"adson": {0.16: 0.8 * grip, 0.4: 1.5 * tip}, "fine": {0.35: 0.5 * grip, 0.7: 1.2 * tip}}
+    beyond = bends.get(p["style"], {0.5: 0.42 * grip + 0.5 * tip})
+    return table | {toe + share * (n - toe): width for share, width in beyond.items()}
 
-# %% ../../nbs/20a_shapes.ipynb #c025
-def _arm_curve(p: dict[str, Any], opening_deg: float) -> dict[str, np.ndarray]:
+# %% ../../nbs/20a_shapes.ipynb #c033
+def _arm_curve(p: dict[str, Any], opening_deg: float) -> dict[str, Any]:
     n, g, f, t = p["length_mm"], p["grip_centre"] * p["length_mm"], p["fused_mm"], p["arm_mm"]
     lo, hi = g - p["grip_mm"] / 2, g + p["grip_mm"] / 2
-    ribs = np.arange(lo, hi, p["rib_mm"] / 4)
-    x = stations(0, n, 2.2, (2.5, 1.2), np.append(ribs, g))
-    rib = p["rib_height_mm"] * (np.maximum(0, np.sin((x - lo) / p["rib_mm"] * 2 * np.pi)) ** 0.7) * ((x > lo) & (x < hi))
+    x = stations(0, n, 2.2, (2.5, 1.2), np.append(np.arange(lo, hi, p["rib_mm"] / 4), g))
+    crest = np.maximum(0, np.sin((x - lo) / p["rib_mm"] * 2 * np.pi)) ** 0.7
+    rib = p["rib_height_mm"] * crest * ((x > lo) & (x < hi))
     thick = profile(x, {0: t, f: t, lo: 1.25 * t, hi: 1.25 * t, n: p["tip_height_mm"]})
     y = profile(x, {0: t / 2, f: t / 2, g: p["bow_mm"], n: p["tip_height_mm"] / 2 + 0.05})
-    seg = np.diff(np.stack([x, y], -1), axis=0)
-    bend = np.clip((x[1:] - 0.7 * f) / (0.16 * n), 0, 1)
-    angle = np.radians(opening_deg) / 2 * (3 * bend**2 - 2 * bend**3)
-    turned = np.stack([seg[:, 0] * np.cos(angle) - seg[:, 1] * np.sin(angle), seg[:, 0] * np.sin(angle) + seg[:, 1] * np.cos(angle)], -1)
-    xy = np.concatenate([[[0, y[0]]], [0, y[0]] + np.cumsum(turned, 0)])
     wide = profile(x, _arm_widths(p)) * dome(x, 2.5 + 0.25 * p["end_width_mm"]) * dome(n - x, 1.2)
-    return dict(path=np.concatenate([xy, 0 * xy[:, :1]], 1), thick=(thick + rib) * dome(x, 0.5) * dome(n - x, 0.8), rib=rib,
-                wide=wide, x=x, grip=np.argmin(np.abs(x - g)))
+    step = np.diff(x + 1j * y)
+    share = np.clip((x[1:] - 0.7 * f) / (0.16 * n), 0, 1)
+    bent = step * np.exp(0.5j * np.radians(opening_deg) * (3 * share**2 - 2 * share**3))
+    z = np.concatenate([[0], np.cumsum(bent)]) + 1j * y[0]
+    thick = (thick + rib) * dome(x, 0.5) * dome(n - x, 0.8)
+    path = np.stack([z.real, z.imag, 0 * x], -1)
+    return dict(path=path, thick=thick, rib=rib, wide=wide, grip=int(np.argmin(np.abs(x - g))))
 
-# %% ../../nbs/20a_shapes.ipynb #c026
-def _teeth(c: dict[str, np.ndarray], p: dict[str, Any], side: int) -> trimesh.Trimesh:
-    foot = c["path"][np.argmin(np.abs(c["x"] - (p["length_mm"] - 1.3)))]
-    along = c["path"][-1] - foot
-    inwards = np.array([along[1], -along[0], 0]) / np.linalg.norm(along)
-    length = p["tip_height_mm"] / 2 + 0.8
-    s = np.linspace(0, 1, 8)
-    offsets = [0.0] if side > 0 else [-0.27 * p["tip_width_mm"], 0.27 * p["tip_width_mm"]]
+# %% ../../nbs/20a_shapes.ipynb #c034
+def _teeth(path: np.ndarray, p: dict[str, Any], count: int) -> trimesh.Trimesh:
+    along = path[-1] - path[-5]
+    along /= np.linalg.norm(along)
+    s = np.linspace(0, p["tip_height_mm"] / 2 + 0.8, 8)[:, None]
     size = 1.1 * np.array([0.01, 0.8, 1, 1, 0.95, 0.8, 0.45, 0.01])
-    rows = [sweep(foot + s[:, None] * length * inwards + [0, 0, z], size, 0.7 * size, squareness=2, sides=8) for z in offsets]
-    return trimesh.util.concatenate(rows)
+    places = 0.54 * p["tip_width_mm"] * (np.arange(count) - (count - 1) / 2)
+    foot = path[-1] - 1.2 * along
+    return trimesh.util.concatenate([sweep(foot + s * [along[1], -along[0], 0] + [0, 0, z], size, 0.7 * size,
+                                           squareness=2, sides=8) for z in places])
 
-# %% ../../nbs/20a_shapes.ipynb #c027
+# %% ../../nbs/20a_shapes.ipynb #c035
 def tweezers(
     params: dict[str, Any],  # mm, degrees; the names are those of `synth.tools.RANGES`
     opening_deg: float,  # between the arms at the fused end
 ) -> Body:
     "Shape tweezers."
-    p, c = params, _arm_curve(params, opening_deg)
+    p, c, parts = params, _arm_curve(params, opening_deg), {}
     hinge = np.array([c["path"][c["grip"], 0], 0, 0])
-    points = np.stack([c["path"][-1], c["path"][-1] - 0.45 * _unit(c["path"][-1] - c["path"][-4]), c["path"][c["grip"]]]) - hinge
-    parts = {}
-    for side, name in ((1, "left"), (-1, "right")):
-        turn = trimesh.transformations.translation_matrix(-hinge)
-        turn = np.diag([1.0, side, side, 1.0]) @ turn
-        arm = sweep(c["path"], c["thick"], c["wide"], shift=c["rib"] / 2, squareness=4.5)
+    path = c["path"] - hinge
+    tip, before, grip = path[-1], path[-4], path[c["grip"]]
+    tip_in = tip - 0.45 * (tip - before) / np.linalg.norm(tip - before)
+    for count, name in ((1, "left"), (2, "right")):
+        turn = np.diag([1.0, 1, 1, 1] if name == "left" else [1.0, -1, -1, 1])
+        arm = sweep(path, c["thick"], c["wide"], shift=c["rib"] / 2, squareness=4.5)
         parts[name] = arm.apply_transform(turn), "steel"
-        if p["style"] == "toothed": parts[f"{name}_teeth"] = _teeth(c, p, side).apply_transform(turn), "steel"
-    (tip, tip_in, grip), mirror = points, np.array([1, -1, 1])
-    end, both = -hinge, lambda a: np.stack([a, a * mirror])
-    keypoints = np.stack([both(tip).mean(0), tip, tip * mirror, 0 * tip, end])
+        if p["style"] != "toothed": continue
+        parts[f"{name}_teeth"] = _teeth(path, p, count).apply_transform(turn), "steel"
+    tip, tip_in, grip = (np.stack([a, a * [1, -1, 1]]) for a in (tip, tip_in, grip))
     r_tip = np.hypot(p["tip_width_mm"], p["tip_height_mm"]) / 2 + 0.3
-    return Body(parts, keypoints, [both(tip_in), tip_in[None], tip_in[None] * mirror, both(grip), end[None] + [1.2, 0, 0]],
+    return Body(parts, np.stack([tip.mean(0), *tip, np.zeros(3), -hinge]),
+                [tip_in, tip_in[:1], tip_in[1:], grip, np.array([[1.2, 0, 0]]) - hinge],
                 [r_tip, r_tip, r_tip, p["grip_width_mm"] / 2 + 0.5, 0.5 * p["end_width_mm"] + 0.3])
-
-# %% ../../nbs/20a_shapes.ipynb #c028
-def _unit(v: np.ndarray) -> np.ndarray:
-    return v / np.linalg.norm(v)
