@@ -17,19 +17,17 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from .coco import MAX_PIXELS, check_image
+from .coco import check_image
+from .packets import Timeline, decoded_frames, open_video, quarter_turns, read_timeline, upright_bgr
 from ..files import atomic_path
 from ..schema import Frame
 
 if TYPE_CHECKING:
-    from av.container import InputContainer, OutputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+    from av.container import OutputContainer
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'frame_rate', 'VideoWriter', 'write_video', 'Timeline', 'read_timeline',
-           'VideoInfo', 'video_info', 'read_video', 'read_image', 'list_images', 'is_video', 'iter_source',
-           'count_source']
+__all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'frame_rate', 'VideoWriter', 'write_video', 'VideoInfo', 'video_info',
+           'read_video', 'read_image', 'list_images', 'is_video', 'iter_source', 'count_source']
 
 # %% ../../nbs/15_video.ipynb #c005
 def frame_rate(
@@ -113,98 +111,6 @@ def write_video(
         writer.finish()
 
 # %% ../../nbs/15_video.ipynb #c015
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,h264,hevc,gif,mxf"
-_COVER = 1024  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a still that goes with music
-
-# %% ../../nbs/15_video.ipynb #c016
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    import av
-    if path.is_dir(): raise ValueError(f"{path}: expected a video, got a folder; iter_source reads folders")
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected a video, there is no such file")
-    size = path.stat().st_size
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    try: container = av.open(f"file:{path}", options=options)
-    except av.error.FFmpegError as e: raise ValueError(f"{path}: {_why(path, size)} ({e.strerror})") from None
-    with container:
-        stream = next((s for s in container.streams.video if not s.disposition & _COVER), None)
-        if stream is None: raise ValueError(f"{path}: {_why(path, size, bool(container.streams.audio))}")
-        width, height = stream.width, stream.height
-        if not 0 < width * height <= MAX_PIXELS:
-            raise ValueError(f"{path}: expected frames of 1 to {MAX_PIXELS} px, got {width} x {height}")
-        yield container, stream
-
-# %% ../../nbs/15_video.ipynb #c017
-def _why(path: Path, size: int, sound: bool = False) -> str:
-    if sound: return f"expected a video, got {size} bytes of sound without pictures; choose another file"
-    if not size: return "expected a video, got an empty file of 0 bytes; copy it again"
-    with open(path, "rb") as f: head = f.read(12)
-    if head[4:8] == b"ftyp":
-        return (f"expected a whole MP4, got {size} bytes without a readable index (moov): the recording or "
-                "the copy was cut short; copy it again")
-    return f"expected a video, got {size} bytes of something else; choose another file, or convert it to MP4"
-
-# %% ../../nbs/15_video.ipynb #c019
-@dataclass(frozen=True, eq=False)
-class Timeline:
-    "All time stamps of a video, in the order of presentation."
-    pts: np.ndarray  # (N,) int64, sorted; empty where the format has no stamps
-    time_base: Fraction  # seconds per tick
-    packets: int  # frames in the file
-    rate: Fraction  # mean frames per second, as the header tells
-    end_s: float  # when the last frame ends, in seconds from the first
-
-    def number(self, pts: int | None, last: int) -> int:
-        "Rank of a stamp; the next number where there is none."
-        i = int(np.searchsorted(self.pts, pts)) if pts is not None else len(self.pts)
-        return i if i < len(self.pts) and self.pts[i] == pts else last + 1
-
-    def seconds(self, number: int) -> float:
-        "When a frame is shown, from the first one on."
-        if number < len(self.pts): return float((self.pts[number] - self.pts[0]) * self.time_base)
-        return float(number / self.rate)
-
-# %% ../../nbs/15_video.ipynb #c020
-def read_timeline(
-    path: Path | str,
-) -> Timeline:
-    "Read a video's time stamps; a file that was cut short is refused."
-    import av
-    path = Path(path)
-    with _open(path) as (container, stream):
-        stamps, end_s, packets, cut = [], 0.0, 0, False
-        try:
-            for packet in container.demux():
-                if not packet.size: continue
-                cut = packet.is_corrupt
-                stamp = packet.pts
-                if stamp is not None:
-                    end_s = max(end_s, float((stamp + (packet.duration or 0)) * packet.time_base))
-                if packet.stream is not stream: continue
-                packets += 1
-                if stamp is not None and not packet.is_discard: stamps.append(stamp)
-        except av.error.FFmpegError: cut = True
-        _refuse_cut(path, container, stream, packets, end_s, cut)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        pts = np.unique(np.array(stamps, np.int64))
-        if len(pts) < 0.9 * packets: pts = pts[:0]  # a format without stamps, or broken ones: count instead
-        step = float(1 / rate)
-        end = float((pts[-1] - pts[0]) * stream.time_base) + step if len(pts) else packets * step
-        return Timeline(pts, stream.time_base, len(pts) or packets, rate, end)
-
-# %% ../../nbs/15_video.ipynb #c021
-def _refuse_cut(
-    path: Path, container: InputContainer, stream: VideoStream, packets: int, end_s: float, cut: bool,
-) -> None:
-    size, kind, promised_s = path.stat().st_size, container.format.name, (container.duration or 0) / 1e6
-    short = "mov" in kind and packets < stream.frames or "matroska" in kind and promised_s - end_s > 0.25
-    if cut or short:
-        total = f"{stream.frames} frames" if stream.frames else f"{promised_s:.2f} s"
-        raise ValueError(f"{path}: truncated, {size} bytes hold {packets} frames ({end_s:.2f} s) of {total}; "
-                         "copy it again, or cut what is there with a video editor")
-    if not packets: raise ValueError(f"{path}: expected a video, got {size} bytes without frames; copy it again")
-
-# %% ../../nbs/15_video.ipynb #c025
 @dataclass(frozen=True)
 class VideoInfo:
     "What a video is, as it will be read."
@@ -217,43 +123,42 @@ class VideoInfo:
     codec: str  # like h264
     rotation_deg: int = 0  # counter-clockwise turn that the file asks for, and that is applied
 
-# %% ../../nbs/15_video.ipynb #c026
+
 def video_info(
     path: Path | str,
 ) -> VideoInfo:
     "Look at a video: its size, length and rate; opens it and decodes one frame."
     path = Path(path)
     line = read_timeline(path)
-    with _open(path) as (container, stream):
-        frame = next(_decoded(container, stream, False), None)
+    with open_video(path) as (container, stream):
+        frame = next(decoded_frames(container, stream), None)
         if frame is None:
             raise ValueError(f"{path}: damaged, no frame of {path.stat().st_size} bytes opens; copy it again")
-        size = (frame.height, frame.width) if _turns(frame) % 2 else (frame.width, frame.height)
-        return VideoInfo(path, *size, float(line.rate), line.packets, line.end_s,
+        size = (frame.height, frame.width) if quarter_turns(frame) % 2 else (frame.width, frame.height)
+        return VideoInfo(path, *size, float(line.rate), line.frames, line.end_s,
                          stream.codec_context.name, frame.rotation)
 
-# %% ../../nbs/15_video.ipynb #c027
-def _decoded(container: InputContainer, stream: VideoStream, clean: bool) -> Iterator[VideoFrame]:
-    import av
-    broken = False
-    for packet in container.demux(stream):
-        try: frames = packet.decode()
-        except av.error.FFmpegError:
-            broken = True
-            continue
-        for frame in frames:
-            broken = broken and not frame.key_frame
-            if not frame.is_corrupt and not (clean and broken): yield frame
+# %% ../../nbs/15_video.ipynb #c019
+def _frames(path: Path, line: Timeline, wanted: range, clean: bool, lost: list[Frame] | None) -> Iterator:
+    had, number, size = np.zeros(line.frames, bool), -1, (0, 0)
+    with open_video(path) as (container, stream):
+        for decoded in decoded_frames(container, stream, clean=clean):
+            number = line.number(decoded.pts, number)
+            if number >= wanted.stop: break
+            if number not in wanted or had[number]: continue
+            image, had[number] = upright_bgr(decoded), True
+            size = image.shape[1], image.shape[0]
+            yield Frame(path.name, *size, number, line.seconds(number)), image
+    if not had.any():
+        raise ValueError(f"{path}: damaged, none of {len(wanted)} frames in {path.stat().st_size} B opens; "
+                         "copy it again")
+    gone = [Frame(path.name, *size, i, line.seconds(i)) for i in wanted if not had[i]]
+    if lost is not None: lost.extend(gone)
+    if not gone: return
+    names = ", ".join(f"{f.index} ({f.t_s:.2f} s)" for f in gone[:10]) + (", ..." if gone[10:] else "")
+    warnings.warn(f"{path}: {len(gone)} of {len(wanted)} frames damaged and left out: {names}", stacklevel=2)
 
-# %% ../../nbs/15_video.ipynb #c028
-def _turns(frame: VideoFrame) -> int:
-    return round(frame.rotation / 90) % 4
-
-# %% ../../nbs/15_video.ipynb #c029
-def _to_bgr(frame: VideoFrame) -> np.ndarray:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="bgr24"), _turns(frame)))
-
-# %% ../../nbs/15_video.ipynb #c033
+# %% ../../nbs/15_video.ipynb #c020
 def read_video(
     path: Path | str,
     *,
@@ -265,37 +170,17 @@ def read_video(
 ) -> Iterator[tuple[Frame, np.ndarray]]:  # frame, and its image (H, W, 3) uint8 BGR
     "Read frames one at a time, turned upright, with number and time."
     path, line = Path(path), read_timeline(path)
-    stop = line.packets if stop is None else min(stop, line.packets)
+    stop = line.frames if stop is None else min(stop, line.frames)
     if stride < 1 or not 0 <= start < stop:
-        raise ValueError(f"{path}: expected stride >= 1 and 0 <= start < stop in {line.packets} frames, "
+        raise ValueError(f"{path}: expected stride >= 1 and 0 <= start < stop in {line.frames} frames, "
                          f"got stride {stride}, start {start}, stop {stop}")
     return _frames(path, line, range(start, stop, stride), clean, lost)
 
-# %% ../../nbs/15_video.ipynb #c034
-def _frames(path: Path, line: Timeline, wanted: range, clean: bool, lost: list[Frame] | None) -> Iterator:
-    had, number, size = np.zeros(line.packets, bool), -1, (0, 0)
-    with _open(path) as (container, stream):
-        for decoded in _decoded(container, stream, clean):
-            number = line.number(decoded.pts, number)
-            if number >= wanted.stop: break
-            if number not in wanted or had[number]: continue
-            image, had[number] = _to_bgr(decoded), True
-            size = image.shape[1], image.shape[0]
-            yield Frame(path.name, *size, number, line.seconds(number)), image
-    if not had.any():
-        raise ValueError(f"{path}: damaged, none of {len(wanted)} frames in {path.stat().st_size} bytes opens; "
-                         "copy it again")
-    gone = [Frame(path.name, *size, i, line.seconds(i)) for i in wanted if not had[i]]
-    if lost is not None: lost.extend(gone)
-    if not gone: return
-    names = ", ".join(f"{f.index} ({f.t_s:.2f} s)" for f in gone[:10]) + (", ..." if gone[10:] else "")
-    warnings.warn(f"{path}: {len(gone)} of {len(wanted)} frames damaged and left out: {names}", stacklevel=2)
-
-# %% ../../nbs/15_video.ipynb #c045
+# %% ../../nbs/15_video.ipynb #c031
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".m4v", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".gif")
 
-# %% ../../nbs/15_video.ipynb #c046
+# %% ../../nbs/15_video.ipynb #c032
 def read_image(
     path: Path | str,
 ) -> np.ndarray:  # (H, W, 3) uint8 BGR
@@ -307,7 +192,7 @@ def read_image(
         raise ValueError(f"{path}: expected {size[0]} x {size[1]} px, OpenCV reads {got}; save it as PNG")
     return image
 
-# %% ../../nbs/15_video.ipynb #c049
+# %% ../../nbs/15_video.ipynb #c035
 def list_images(
     source: Path | str,  # an image, a folder of images, or a dataset folder with images/ in it
 ) -> list[Path]:  # at least one; view 2 comes before view 10
@@ -322,28 +207,14 @@ def list_images(
         if found: return sorted(found, key=order)
     raise ValueError(f"{source}: expected images ({' '.join(IMAGE_SUFFIXES)}), got a folder without any")
 
-# %% ../../nbs/15_video.ipynb #c053
+# %% ../../nbs/15_video.ipynb #c039
 def is_video(
     source: Path | str,
 ) -> bool:  # False for images and folders; the file is not opened
     "Tell by its name whether a source is a video."
     return Path(source).suffix.lower() in VIDEO_SUFFIXES and not Path(source).is_dir()
 
-# %% ../../nbs/15_video.ipynb #c054
-def iter_source(
-    source: Path | str,  # an image, a folder of images, or a video
-    stride: int = 1,  # take every n-th
-    *,
-    lost: list[Frame] | None = None,  # frames and images that could not be read are appended here
-) -> Iterator[tuple[Frame, np.ndarray]]:  # frame, and its image (H, W, 3) uint8 BGR
-    "Read pictures one at a time, wherever they come from."
-    if stride < 1: raise ValueError(f"{source}: expected a stride of at least 1, got {stride}")
-    if is_video(source): return read_video(source, stride=stride, lost=lost)
-    images = list_images(source)
-    if len(images) == 1: read_image(images[0])
-    return _stills(images, stride, lost)
-
-# %% ../../nbs/15_video.ipynb #c055
+# %% ../../nbs/15_video.ipynb #c041
 def _stills(images: list[Path], stride: int, lost: list[Frame] | None) -> Iterator[tuple[Frame, np.ndarray]]:
     wanted, bad = range(0, len(images), stride), []
     for i in wanted:
@@ -357,11 +228,25 @@ def _stills(images: list[Path], stride: int, lost: list[Frame] | None) -> Iterat
         raise ValueError(f"{images[0].parent}: none of {len(bad)} images can be read; copy them again")
     if lost is not None: lost.extend(bad)
 
-# %% ../../nbs/15_video.ipynb #c056
+# %% ../../nbs/15_video.ipynb #c042
+def iter_source(
+    source: Path | str,  # an image, a folder of images, or a video
+    stride: int = 1,  # take every n-th
+    *,
+    lost: list[Frame] | None = None,  # frames and images that could not be read are appended here
+) -> Iterator[tuple[Frame, np.ndarray]]:  # frame, and its image (H, W, 3) uint8 BGR
+    "Read pictures one at a time, wherever they come from."
+    if stride < 1: raise ValueError(f"{source}: expected a stride of at least 1, got {stride}")
+    if is_video(source): return read_video(source, stride=stride, lost=lost)
+    images = list_images(source)
+    if len(images) == 1: read_image(images[0])
+    return _stills(images, stride, lost)
+
+# %% ../../nbs/15_video.ipynb #c044
 def count_source(
     source: Path | str,  # an image, a folder of images, or a video
     stride: int = 1,  # take every n-th
 ) -> int:  # how many pictures `iter_source` will give, if none is damaged
     "Count pictures, for a progress bar."
-    total = read_timeline(source).packets if is_video(source) else len(list_images(source))
+    total = read_timeline(source).frames if is_video(source) else len(list_images(source))
     return -(-total // stride)
