@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..config import PseudoConfig
 from ..data.coco import AREA_SHARE
-from ..data.draw import CYCLE, new_figure
+from ..data.show import CYCLE, new_figure
 from ..files import read_json, write_json
 from ..geometry import oks
 from ..schema import HINGE, JAW_L, JAW_R, TIP, Frame, Poses, order_jaws

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .pseudo import Candidates, agreement, body_area, make_table, poses_of
 from ..config import TrackConfig
-from ..data.draw import new_figure
+from ..data.show import new_figure
 from ..geometry import iou_xywh
 from ..schema import CLASS_COLOURS, TIP, Frame, Poses, class_name
 
