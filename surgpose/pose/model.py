@@ -37,7 +37,10 @@ def ultralytics() -> ModuleType:  # the package, ready for use
         try: cache.mkdir(parents=True, exist_ok=True)
         except OSError: pass  # Ultralytics finds itself another folder
     import ultralytics as module
-    from ultralytics.utils import SAFE_LOAD, SETTINGS
+    from PIL import Image
+    from ultralytics.utils import SAFE_LOAD, SETTINGS, patches
+
+    if Image.open is patches.image_open: Image.open = patches._image_open  # theirs wants to install a HEIF reader
 
     if not SAFE_LOAD:
         raise RuntimeError("ultralytics: expected surgpose to import it first; it was imported before, without "
