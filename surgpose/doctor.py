@@ -65,6 +65,7 @@ def check_blender() -> Finding:
 
 # %% ../nbs/93_doctor.ipynb #c014
 def check_blenderproc() -> Finding:
+    "What BlenderProc is installed."
     version = versions()["blenderproc"]
     return Finding(version != "absent", f"BlenderProc {version}", "" if version != "absent" else "pip install -c constraints.txt blenderproc")
 
@@ -76,6 +77,7 @@ def check_openexr() -> Finding:
 
 # %% ../nbs/93_doctor.ipynb #c018
 def check_torch() -> Finding:
+    "torch and a torchvision that fits it."
     ok, said = _in_own_process("import torch, torchvision; torchvision.ops.nms; print('torch', torch.__version__)")
     return Finding(ok, said, "" if ok else "pip install -c constraints.txt --force-reinstall torch torchvision")
 
