@@ -228,7 +228,7 @@ def pseudo_verdict(
     if not n: return "No frame was read, so there is nothing to learn from."
     if not counted["detections"]: return f"The teacher found no tool in {n} frames; nothing to learn from."
     said = (f"{kept} of {n} frames ({kept / n:.0%}) may be trained on, with {counted['labels']} labels; "
-            f"{counted['frames_left_out']} left out for a doubtful tool, {counted['frames_empty']} without any.")
+            f"{counted['frames_left_out']} left out for a doubtful tool, {counted['frames_empty']} empty.")
     if not why: return said
     top = max(why, key=why.get)
     return f"{said} The most frequent doubt is '{top}' ({why[top]} times): {REASONS[top]}."

@@ -58,7 +58,7 @@ def review_items(
     names = {f.index: f.file_name for f in found.frames}
     rows = found.table[(found.table.track >= 0) & (everything | ~is_settled(found.table))]
     items = [ReviewItem(names[r.frame], r.frame, r.track, r.t_s, r.category_id, r.score,
-                        np.array([r.x, r.y, r.w, r.h]), np.reshape(r.keypoints, (len(KEYPOINTS), 3)), r.reasons)
+                        np.array([r.x, r.y, r.w, r.h]), np.reshape(r.keypoints, (-1, 3)), r.reasons)
              for r in rows.itertuples()]
     return sorted(items, key=lambda item: (-item.doubt, item.frame))
 
@@ -194,8 +194,8 @@ class ReviewState:
         if not 0 <= i < len(self.items):
             raise ValueError(f"review: expected an item from 0 to {len(self.items) - 1}, got {i}")
         video, frame, track = self.items[i].key
-        self._append(dict(video=video, frame=int(frame), track=int(track), verdict=verdict, keypoints=keypoints,
-                          bbox=np.round(self.items[i].xywh_px, 2).tolist(), by="person", action="do"))
+        self._append(dict(video=video, frame=int(frame), track=int(track), verdict=verdict,
+                          keypoints=keypoints, bbox=np.round(self.items[i].xywh_px, 2).tolist(), by="person", action="do"))
 
     def _append(self, line: dict) -> None:
         line = {**line, "at": utc_now()}
@@ -226,7 +226,7 @@ def apply_decisions(
         if said and not _same_place(row, said): stale += 1
         elif said: row.update(_decided(row, said))
     if stale:
-        warnings.warn(f"review: {stale} decisions are on poses that lie elsewhere now; left out", stacklevel=2)
+        warnings.warn(f"review: {stale} decisions are on poses that are elsewhere now; left out", stacklevel=2)
     return replace(found, table=make_table(rows))
 
 # %% ../../nbs/42_review.ipynb #c029

@@ -17,7 +17,7 @@ from ..schema import HANDLE, HINGE, JAW_L, KEYPOINTS, TIP, Frame, Poses
 __all__ = ['TOOL_SHAPE', 'CLIP_FAULTS', 'place_tool', 'join', 'scripted_clip']
 
 # %% ../../nbs/39_scripted.ipynb #c005
-TOOL_SHAPE = np.array([[1, 0], [0.985, -0.03], [0.985, 0.03], [0.55, 0], [0, 0]])  # (5, 2), in lengths from the handle
+TOOL_SHAPE = np.array([[1, 0], [0.985, -0.03], [0.985, 0.03], [0.55, 0], [0, 0]])  # (5, 2) in lengths
 CLIP_FAULTS = dict(duplicate=(8,), gap=(12, 13, 38), low_score=(17,), class_flicker=(21,), jump=(25,),
                    short_track=(29, 30), few_keypoints=(33,))  # number of the sample, counted from 0
 
