@@ -195,7 +195,8 @@ class ReviewState:
             raise ValueError(f"review: expected an item from 0 to {len(self.items) - 1}, got {i}")
         video, frame, track = self.items[i].key
         self._append(dict(video=video, frame=int(frame), track=int(track), verdict=verdict,
-                          keypoints=keypoints, bbox=np.round(self.items[i].xywh_px, 2).tolist(), by="person", action="do"))
+                          keypoints=keypoints, bbox=np.round(self.items[i].xywh_px, 2).tolist(), by="person",
+                          action="do"))
 
     def _append(self, line: dict) -> None:
         line = {**line, "at": utc_now()}
@@ -226,7 +227,7 @@ def apply_decisions(
         if said and not _same_place(row, said): stale += 1
         elif said: row.update(_decided(row, said))
     if stale:
-        warnings.warn(f"review: {stale} decisions are on poses that are elsewhere now; left out", stacklevel=2)
+        warnings.warn(f"review: left out {stale} decisions on poses that are elsewhere now", stacklevel=2)
     return replace(found, table=make_table(rows))
 
 # %% ../../nbs/42_review.ipynb #c029
