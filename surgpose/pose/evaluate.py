@@ -5,11 +5,8 @@
 # %% ../../nbs/31_evaluate.ipynb #c002
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,202 +14,32 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..config import EvaluateConfig
-from ..data.coco import annotations_by_image, area_px2, read_coco, split_coco
+from ..data.coco import read_coco, split_coco
 from ..data.cvat import TipTracks
 from ..data.video import read_image
 from ..data.yolo import read_yolo
 from ..files import hash_data, safe_join, utc_now, write_json
-from ..geometry import iou_xywh
+from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap_ci, has_keypoints, judge,
+                                 keypoint_errors, reason_for_nan)
+from .judge import score as score
 from .model import load_model, model_sha
 from .predict import predict_frames
-from ..schema import CLASSES, KEYPOINTS, LENIENT_SIGMAS, SIGMAS, TIP, Frame, Poses, class_name
+from ..schema import CLASSES, KEYPOINTS, LENIENT_SIGMAS, SIGMAS, TIP, Frame, class_name
 
 # %% auto #0
-__all__ = ['THRESHOLDS', 'PAIR_IOU', 'PCK_SHARES', 'CURVE_SIGMAS', 'TIP_SHARE', 'Judged', 'judge', 'average', 'score',
-           'bootstrap_ci', 'Errors', 'keypoint_errors', 'metrics', 'load_truth', 'evaluate', 'match_frames',
-           'tip_errors']
+__all__ = ['CURVE_SIGMAS', 'TIP_SHARE', 'metrics', 'load_truth', 'evaluate', 'match_frames', 'tip_errors']
 
 # %% ../../nbs/31_evaluate.ipynb #c005
-@dataclass(frozen=True)
-class Judged:
-    "What COCOeval found out about every image: one entry per class and image."
-    image_ids: tuple[int, ...]
-    cells: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray, int]]
-    # (category id, image number) -> score (D,), hit (T, D), ignored (T, D) at T thresholds, and how many tools there are
+def _no_nan(data: Any) -> Any:
+    if isinstance(data, dict): return {k: _no_nan(v) for k, v in data.items()}
+    if isinstance(data, list): return [_no_nan(v) for v in data]
+    return None if isinstance(data, float) and not np.isfinite(data) else data
 
 # %% ../../nbs/31_evaluate.ipynb #c006
-def judge(
-    truth: dict,  # COCO file as plain dicts
-    found: list[dict],  # COCO results: image_id, category_id, score, bbox, keypoints
-    *,
-    kind: str = "keypoints",  # what is compared: keypoints or bbox
-    sigmas: Sequence[float] = SIGMAS,  # (5,), for keypoints
-) -> Judged:
-    "Match found tools to true ones, as COCO does."
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
-        base, results = COCO(), COCO()
-        base.dataset = {**truth, "annotations": [{**a, "id": i, "area": area_px2(a), "iscrowd": a.get("iscrowd", 0)}
-                                                 for i, a in enumerate(truth["annotations"], 1)]}
-        rows = [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for i, r in enumerate(found, 1)]
-        results.dataset = {k: truth[k] for k in ("images", "categories")} | dict(annotations=rows)
-        base.createIndex(); results.createIndex()
-        judge = COCOeval(base, results, kind)
-        judge.params.maxDets, judge.params.areaRng, judge.params.areaRngLbl = [20], [[0, 1e10]], ["all"]
-        judge.params.kpt_oks_sigmas = np.asarray(sigmas, float)
-        judge.evaluate()
-    ids, cats, cells = judge.params.imgIds, judge.params.catIds, {}
-    for n, e in enumerate(judge.evalImgs):
-        if e is None: continue
-        cells[int(cats[n // len(ids)]), n % len(ids)] = (np.asarray(e["dtScores"], float), np.asarray(e["dtMatches"]) > 0,
-                                                         np.asarray(e["dtIgnore"], bool), int(np.sum(~np.asarray(e["gtIgnore"], bool))))
-    return Judged(tuple(map(int, ids)), cells)
-
-# %% ../../nbs/31_evaluate.ipynb #c007
-THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
-
-# %% ../../nbs/31_evaluate.ipynb #c008
-def average(
-    judged: Judged,
-    images: np.ndarray | None = None,  # numbers of the images that count, repeats allowed; all when absent
-    categories: Sequence[int] | None = None,  # category ids that count; all when absent
-) -> dict[str, float]:  # AP, AP50, AP75, AR; NaN where there is no tool
-    "Average precision and recall over classes, as COCO defines them."
-    images = np.arange(len(judged.image_ids)) if images is None else images
-    per_class = [_precision_recall(judged, int(c), images) for c in categories or range(1, len(CLASSES) + 1)]
-    per_class = [pr for pr in per_class if pr is not None]
-    if not per_class: return dict.fromkeys(("AP", "AP50", "AP75", "AR"), float("nan"))
-    precision, recall = (np.mean(part, 0) for part in zip(*per_class, strict=True))
-    return dict(AP=float(precision.mean()), AP50=float(precision[0]), AP75=float(precision[5]), AR=float(recall.mean()))
-
-# %% ../../nbs/31_evaluate.ipynb #c009
-def _precision_recall(judged: Judged, category_id: int, images: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    cells = [judged.cells[category_id, i] for i in images if (category_id, i) in judged.cells]
-    tools = sum(c[3] for c in cells)
-    if not tools: return None
-    order = np.argsort(-np.concatenate([c[0] for c in cells]), kind="stable")
-    hit, ignored = (np.concatenate([c[k].reshape(len(THRESHOLDS), -1) for c in cells], 1)[:, order] for k in (1, 2))
-    true, false = (hit & ~ignored).cumsum(1), (~hit & ~ignored).cumsum(1)
-    recall = true / tools
-    precision = np.maximum.accumulate((true / np.maximum(true + false, 1))[:, ::-1], 1)[:, ::-1]  # never falls to the left
-    steps = np.linspace(0, 1, 101)
-    at = np.array([np.append(p, 0.0)[np.searchsorted(r, steps, "left")] for p, r in zip(precision, recall, strict=True)])
-    return at.mean(1), recall[:, -1] if recall.shape[1] else np.zeros(len(THRESHOLDS))
-
-# %% ../../nbs/31_evaluate.ipynb #c011
-def score(
-    truth: dict,  # COCO file as plain dicts
-    found: list[dict],  # COCO results: image_id, category_id, score, bbox, keypoints
-    *,
-    sigmas: Sequence[float] = SIGMAS,  # (5,)
-) -> dict[str, Any]:  # AP, AP50, AP75, AR of keypoints, box_AP, box_AP50 of boxes; `reason` where there is NaN
-    "Score found tools as COCO does."
-    posed = [a for a in truth["annotations"] if any(a.get("keypoints", ())[2::3])]
-    nothing = dict.fromkeys(("AP", "AP50", "AP75", "AR"), float("nan"))
-    points = average(judge({**truth, "annotations": posed}, found, sigmas=sigmas)) if posed else nothing
-    boxes = average(judge(truth, found, kind="bbox")) if truth["annotations"] else nothing
-    out = {**points, "box_AP": boxes["AP"], "box_AP50": boxes["AP50"]}
-    if not truth["annotations"]: out["reason"] = f"there is no tool in {len(truth['images'])} images"
-    elif not posed: out["reason"] = "no tool has a labelled keypoint, so boxes alone are scored"
-    return out
-
-# %% ../../nbs/31_evaluate.ipynb #c018
-def bootstrap_ci(
-    value_of: Callable[[np.ndarray], float],  # from the numbers of the images that count, with repeats
-    n: int,  # how many images there are
-    resamples: int = 200,
-    *,
-    seed: int = 0,
-) -> tuple[float, float]:  # low and high end of the 95 % interval; NaN where there is nothing to resample
-    "Estimate how far a number would move with other images of the same kind."
-    if n < 2 or resamples < 1: return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    values = np.array([value_of(rng.integers(0, n, n)) for _ in range(resamples)], float)
-    if np.isnan(values).all(): return float("nan"), float("nan")
-    return tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
-
-# %% ../../nbs/31_evaluate.ipynb #c022
-PAIR_IOU = 0.5
-PCK_SHARES = (0.02, 0.05, 0.10)  # of the true box's diagonal
-
-# %% ../../nbs/31_evaluate.ipynb #c023
-@dataclass(frozen=True)
-class Errors:
-    "Distances between true and found keypoints, one row per true tool."
-    image: np.ndarray  # (N,) number of the image
-    category_id: np.ndarray  # (N,)
-    error_px: np.ndarray  # (N, 5); NaN where the truth has no point, infinite where the tool was missed
-    diagonal_px: np.ndarray  # (N,) of the true box
-
-    def pck(self, share: float, images: np.ndarray | None = None) -> float:
-        "Share of the labelled points that lie within a share of the box diagonal."
-        labelled, right = ~np.isnan(self.error_px), self.error_px <= share * self.diagonal_px[:, None]
-        if images is None: return float(right.sum() / labelled.sum()) if labelled.any() else float("nan")
-        weight = np.bincount(images, minlength=int(self.image.max(initial=0)) + 1)[self.image][:, None]
-        total = (labelled * weight).sum()
-        return float((right * weight).sum() / total) if total else float("nan")
-
-# %% ../../nbs/31_evaluate.ipynb #c024
-def keypoint_errors(
-    truth: dict,  # COCO file as plain dicts
-    found: list[dict],  # COCO results
-) -> Errors:
-    "Measure every true keypoint's distance to the one that was found."
-    by_image = annotations_by_image({"images": truth["images"], "annotations": found})
-    rows = []
-    for number, (image_id, tools) in enumerate(annotations_by_image(truth).items()):
-        tools = [t for t in tools if any(t.get("keypoints", ())[2::3])]
-        partner = _pair(Poses.from_rows(tools), Poses.from_rows(by_image[image_id]))
-        for t, other in zip(tools, partner, strict=True):
-            k = np.reshape(t["keypoints"], (-1, 3))
-            gap = np.full(len(k), np.inf) if other is None else np.hypot(*(k[:, :2] - other[:, :2]).T)
-            rows.append((number, t["category_id"], np.where(k[:, 2] > 0, gap, np.nan), np.hypot(*t["bbox"][2:])))
-    number, category, error, diagonal = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Errors(np.array(number, int), np.array(category, int), np.reshape(error, (-1, len(KEYPOINTS))).astype(float), np.array(diagonal))
-
-# %% ../../nbs/31_evaluate.ipynb #c025
-def _pair(tools: Poses, found: Poses) -> list[np.ndarray | None]:
-    "For each true tool the keypoints of its partner."
-    partner: list[np.ndarray | None] = [None] * len(tools)
-    overlap = iou_xywh(tools.xywh_px, found.xywh_px) * (tools.category_id[:, None] == found.category_id[None])
-    for j in np.argsort(-found.score, kind="stable"):
-        free = [i for i in range(len(tools)) if partner[i] is None and overlap[i, j] >= PAIR_IOU]
-        if free: partner[max(free, key=lambda i: overlap[i, j])] = found.keypoints[j]
-    return partner
-
-# %% ../../nbs/31_evaluate.ipynb #c029
-CURVE_SIGMAS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
-
-# %% ../../nbs/31_evaluate.ipynb #c030
-def metrics(
-    truth: dict,  # COCO file as plain dicts
-    found: list[dict],  # COCO results
-    cfg: EvaluateConfig | None = None,  # how many resamples
-) -> dict:  # JSON-able, with None where a number does not exist; n_images, strict, lenient, box, pck, pixel, per_class, curve
-    "Measure predictions in every way that reports show."
-    n, resamples = len(truth["images"]), (cfg or EvaluateConfig()).bootstrap
-    posed = {**truth, "annotations": [a for a in truth["annotations"] if any(a.get("keypoints", ())[2::3])]}
-    judged = {s: judge(posed, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
-    strict, boxes, errors = judged[SIGMAS[0]], judge(truth, found, kind="bbox"), keypoint_errors(truth, found)
-    low, high = bootstrap_ci(lambda i: average(strict, i)["AP"], n, resamples)
-    reason = score({**truth, "annotations": truth["annotations"][:1]}, []).get("reason") if not posed["annotations"] else None
-    out = dict(
-        n_images=n, n_tools=len(truth["annotations"]), n_found=len(found), reason=reason,
-        strict=dict(sigma=SIGMAS[0], **average(strict), AP_low=low, AP_high=high),
-        lenient=dict(sigma=LENIENT_SIGMAS[0], **average(judged[LENIENT_SIGMAS[0]])), box=average(boxes),
-        pck=[_pck(errors, share, n, resamples) for share in PCK_SHARES], pixel=_pixels(errors),
-        per_class=[_class_row(i, strict, boxes, errors) for i in range(1, len(CLASSES) + 1)],
-        curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()])
-    return _no_nan(out)
-
-# %% ../../nbs/31_evaluate.ipynb #c031
 def _pck(errors: Errors, share: float, n: int, resamples: int) -> dict:
     low, high = bootstrap_ci(lambda i: errors.pck(share, i), n, resamples)
     return dict(share=share, value=errors.pck(share), low=low, high=high, n=int((~np.isnan(errors.error_px)).sum()))
 
-# %% ../../nbs/31_evaluate.ipynb #c032
 def _pixels(errors: Errors) -> dict[str, dict]:
     out = {}
     for k, name in enumerate(KEYPOINTS):
@@ -220,20 +47,42 @@ def _pixels(errors: Errors) -> dict[str, dict]:
         out[name] = dict(median_px=float(np.median(e)) if len(e) else None, mean_px=float(e.mean()) if len(e) else None, n=len(e))
     return out
 
-# %% ../../nbs/31_evaluate.ipynb #c033
 def _class_row(category_id: int, strict: Judged, boxes: Judged, errors: Errors) -> dict:
     mine = errors.category_id == category_id
     part = Errors(errors.image[mine], errors.category_id[mine], errors.error_px[mine], errors.diagonal_px[mine])
     return dict(tool=class_name(category_id), n=int(mine.sum()), AP=average(strict, categories=[category_id])["AP"],
                 box_AP50=average(boxes, categories=[category_id])["AP50"], pck05=part.pck(0.05))
 
-# %% ../../nbs/31_evaluate.ipynb #c034
-def _no_nan(data: Any) -> Any:
-    if isinstance(data, dict): return {k: _no_nan(v) for k, v in data.items()}
-    if isinstance(data, list): return [_no_nan(v) for v in data]
-    return None if isinstance(data, float) and not np.isfinite(data) else data
+# %% ../../nbs/31_evaluate.ipynb #c008
+CURVE_SIGMAS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 
-# %% ../../nbs/31_evaluate.ipynb #c038
+def metrics(
+    truth: dict,  # COCO file as plain dicts
+    found: list[dict],  # COCO results
+    cfg: EvaluateConfig | None = None,  # how many resamples
+) -> dict:  # JSON-able, with None where a number does not exist; n_images, strict, lenient, box, pck, pixel, per_class, curve
+    "Measure predictions in every way that reports show."
+    n, resamples = len(truth["images"]), (cfg or EvaluateConfig()).bootstrap
+    posed = {**truth, "annotations": [a for a in truth["annotations"] if has_keypoints(a)]}
+    judged = {s: judge(posed, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
+    strict, boxes, errors = judged[SIGMAS[0]], judge(truth, found, kind="bbox"), keypoint_errors(truth, found)
+    low, high = bootstrap_ci(lambda i: average(strict, i)["AP"], n, resamples)
+    out = dict(
+        n_images=n, n_tools=len(truth["annotations"]), n_found=len(found), reason=reason_for_nan(truth),
+        strict=dict(sigma=SIGMAS[0], **average(strict), AP_low=low, AP_high=high),
+        lenient=dict(sigma=LENIENT_SIGMAS[0], **average(judged[LENIENT_SIGMAS[0]])), box=average(boxes),
+        pck=[_pck(errors, share, n, resamples) for share in PCK_SHARES], pixel=_pixels(errors),
+        per_class=[_class_row(i, strict, boxes, errors) for i in range(1, len(CLASSES) + 1)],
+        curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()])
+    return _no_nan(out)
+
+# %% ../../nbs/31_evaluate.ipynb #c013
+def _frames(truth: dict, root: Path) -> Iterator[tuple[Frame, np.ndarray]]:
+    for im in truth["images"]:
+        image = read_image(safe_join(root, im["file_name"]))
+        yield Frame(im["file_name"], image.shape[1], image.shape[0], im["id"]), image
+
+# %% ../../nbs/31_evaluate.ipynb #c014
 def load_truth(
     data: Path | str,  # a dataset folder, a COCO file, or a data.yaml
     split: str | None = "val",  # the images' `split`; nothing takes all
@@ -250,13 +99,7 @@ def load_truth(
     if not coco["images"]: raise ValueError(f"{path}: expected images with the split {split!r}, got none")
     return coco, path.parent
 
-# %% ../../nbs/31_evaluate.ipynb #c039
-def _frames(truth: dict, root: Path) -> Iterator[tuple[Frame, np.ndarray]]:
-    for im in truth["images"]:
-        image = read_image(safe_join(root, im["file_name"]))
-        yield Frame(im["file_name"], image.shape[1], image.shape[0], im["id"]), image
-
-# %% ../../nbs/31_evaluate.ipynb #c040
+# %% ../../nbs/31_evaluate.ipynb #c016
 def evaluate(
     weights: Path | str,  # a trained checkpoint
     data: Path | str,  # a dataset folder, a COCO file, or a data.yaml
@@ -281,7 +124,7 @@ def evaluate(
     write_json(out / "metrics.json", result)
     return result
 
-# %% ../../nbs/31_evaluate.ipynb #c042
+# %% ../../nbs/31_evaluate.ipynb #c018
 def match_frames(
     predictions: dict,  # what a predictions.json holds
     truth: dict,  # COCO file of the same video or pictures; images carry `frame`, or the same file names
@@ -299,10 +142,24 @@ def match_frames(
             "annotations": [a for a in truth["annotations"] if a["image_id"] in kept]}
     return part, [{**a, "image_id": new_id[a["image_id"]]} for a in predictions["annotations"] if a["image_id"] in new_id]
 
-# %% ../../nbs/31_evaluate.ipynb #c046
+# %% ../../nbs/31_evaluate.ipynb #c022
+def _tip_gap(row: dict | None, frames: dict[int, dict], tips: TipTracks, i: int) -> float:
+    if row is None: return float("inf")
+    image = frames[row["image_id"]]
+    scale = np.array([tips.width / image["width"], tips.height / image["height"]])
+    xy = np.asarray(row["keypoints"][3 * TIP : 3 * TIP + 2]) * scale
+    return float(np.hypot(*(xy - tips.xy_px[i])))
+
+def _tip_row(gaps: np.ndarray, diagonal_px: float, resamples: int) -> dict:
+    got, inside = gaps[np.isfinite(gaps)], gaps <= TIP_SHARE * diagonal_px
+    low, high = bootstrap_ci(lambda k: inside[k].mean(), len(gaps), resamples)
+    median = float(np.median(got)) if len(got) else float("nan")
+    return _no_nan(dict(n=len(gaps), found=len(got), median_px=median, median_share=median / diagonal_px,
+                        within=float(inside.mean()) if len(gaps) else float("nan"), within_low=low, within_high=high))
+
+# %% ../../nbs/31_evaluate.ipynb #c023
 TIP_SHARE = 0.05  # of the image diagonal
 
-# %% ../../nbs/31_evaluate.ipynb #c047
 def tip_errors(
     predictions: dict,  # what a predictions.json holds
     tips: TipTracks,  # the labelled tips
@@ -320,19 +177,3 @@ def tip_errors(
         gaps = np.array([_tip_gap(best.get((int(tips.frame[i]), category_id)), frames, tips, i) for i in rows])
         out[class_name(category_id)] = _tip_row(gaps, diagonal, resamples) | dict(keyframes=int(np.sum(np.asarray(tips.keyframe)[rows])))
     return out
-
-# %% ../../nbs/31_evaluate.ipynb #c048
-def _tip_gap(row: dict | None, frames: dict[int, dict], tips: TipTracks, i: int) -> float:
-    if row is None: return float("inf")
-    image = frames[row["image_id"]]
-    scale = np.array([tips.width / image["width"], tips.height / image["height"]])
-    xy = np.asarray(row["keypoints"][3 * TIP : 3 * TIP + 2]) * scale
-    return float(np.hypot(*(xy - tips.xy_px[i])))
-
-# %% ../../nbs/31_evaluate.ipynb #c049
-def _tip_row(gaps: np.ndarray, diagonal_px: float, resamples: int) -> dict:
-    got, inside = gaps[np.isfinite(gaps)], gaps <= TIP_SHARE * diagonal_px
-    low, high = bootstrap_ci(lambda k: inside[k].mean(), len(gaps), resamples)
-    median = float(np.median(got)) if len(got) else float("nan")
-    return _no_nan(dict(n=len(gaps), found=len(got), median_px=median, median_share=median / diagonal_px,
-                        within=float(inside.mean()) if len(gaps) else float("nan"), within_low=low, within_high=high))
