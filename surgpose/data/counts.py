@@ -69,8 +69,10 @@ def summary_table(
     parts = {s: [im for im in coco["images"] if im.get("split") == s] for s in splits}
     parts["all"] = coco["images"]
     table = annotation_table(coco)
-    numbers = pd.DataFrame({name: _summary(table, images) for name, images in parts.items()}, dtype=object)
-    return numbers.map(lambda v: int(v) if float(v).is_integer() else round(v, 2))
+    sums = {name: _summary(table, images) for name, images in parts.items()}
+    tidy = {name: [int(v) if float(v).is_integer() else round(float(v), 2) for v in part.values()]
+            for name, part in sums.items()}
+    return pd.DataFrame(tidy, index=list(sums["all"]), dtype=object)
 
 # %% ../../nbs/13a_counts.ipynb #c018
 def mix_counts(

@@ -32,7 +32,7 @@ def figure_html(
     size = f' width="{int(width)}"' if width else ""
     source = f"data:{escape(mime)};base64,{base64.b64encode(data).decode()}"
     image = f'<img alt="{escape(alt)}" src="{source}"{size} style="max-width:100%">'
-    words = f'<figcaption style="font-size:.9em;opacity:.8">{escape(caption)}</figcaption>'
+    words = f'<figcaption style="font-size:.9em">{escape(caption)}</figcaption>'
     return f'<figure style="margin:1em 0">{image}{words}</figure>'
 
 # %% ../../nbs/14a_show.ipynb #c007
