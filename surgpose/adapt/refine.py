@@ -37,8 +37,8 @@ JPEG_QUALITY = 95
 def pseudo_dataset(
     video: Path | str,  # a video, or a folder of images: what the candidates were found on
     found: Candidates,
+    decisions: Path | str | dict[Key, dict] | None,  # decisions.jsonl, or what `standing` made of it
     out: Path | str,  # dataset folder; an earlier one is replaced
-    decisions: Path | str | dict[Key, dict] | None = None,  # decisions.jsonl, or what `standing` made of it
     *,
     progress: bool = True,
 ) -> Path:  # `out`
