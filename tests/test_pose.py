@@ -1,0 +1,295 @@
+"""Training, evaluation and prediction, on drawn tools and with networks that have learned next to nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from surgpose.config import EvaluateConfig, PredictConfig, TrainConfig, shared_dir
+from surgpose.data.coco import new_coco, read_coco, split_coco, write_coco
+from surgpose.data.yolo import write_yolo
+from surgpose.files import read_json
+from surgpose.geometry import oks
+from surgpose.pose.evaluate import evaluate, score
+from surgpose.pose.model import build_model, load_model, read_weights, write_weights
+from surgpose.pose.predict import poses_of_result, predict, predict_frames, read_predictions
+from surgpose.pose.recipe import transpose_batch
+from surgpose.pose.train import load_splits, train
+from surgpose.schema import LENIENT_SIGMAS, SIGMAS, Frame, order_jaws
+
+TINY = TrainConfig(imgsz=96, epochs=2, batch=4, weights_init="scratch", warmup_epochs=0, workers=0)
+pytestmark = pytest.mark.filterwarnings("ignore:.*no initial weights")
+
+
+@pytest.fixture(scope="module")
+def run(toy_dataset, tmp_path_factory) -> Path:
+    return train(toy_dataset, tmp_path_factory.mktemp("run") / "a", TINY, device="cpu", progress=False)
+
+
+def losses(folder: Path) -> list[float]:
+    with open(folder / "results.csv") as f:
+        return [float(row["train/pose_loss"]) for row in csv.DictReader(f)]
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_it_promises(run):
+    files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert files == {"config.yaml", "results.csv", "provenance.json", "weights/best.pt", "weights/last.pt"}
+    facts = read_json(run / "provenance.json")
+    assert facts["seed"] == 0 and facts["device"] == "cpu" and facts["tensors_carried"] == 0
+    assert {"config_hash", "data_hash", "weights_sha256", "code_hash", "versions", "seconds"} <= set(facts)
+    assert len(losses(run)) == 2 and np.isfinite(losses(run)).all()
+
+
+def test_a_checkpoint_is_small_and_carries_no_paths(run):
+    data = (run / "weights" / "best.pt").read_bytes()
+    assert len(data) < 8e6 and str(run.parent).encode() not in data and b"/home/" not in data
+    assert read_weights(run / "weights" / "best.pt")["surgpose"]["imgsz"] == 96
+    assert next(load_model(run / "weights" / "last.pt").model.parameters()).dtype == torch.float32
+
+
+def test_a_finished_training_is_not_repeated_and_another_one_is_refused(run, toy_dataset):
+    before = (run / "weights" / "best.pt").stat().st_mtime_ns
+    assert train(toy_dataset, run, TINY, device="cpu") == run
+    assert (run / "weights" / "best.pt").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"lr0 was 0\.001, is 0\.1"):
+        train(toy_dataset, run, TINY.model_copy(update=dict(lr0=0.1)), device="cpu")
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        train(toy_dataset, run, TINY, seed=1, device="cpu")
+
+
+KILLED = """
+import os, signal, sys
+from surgpose.config import TrainConfig
+from surgpose.pose import recipe
+from surgpose.pose.train import train
+def die(self, trainer):
+    if trainer.epoch == 0: os.kill(os.getpid(), signal.SIGKILL)
+recipe.Progress.on_fit_epoch_end = die
+train(sys.argv[1], sys.argv[2], TrainConfig.model_validate_json(sys.argv[3]), device="cpu", progress=False)
+"""
+
+
+def test_a_killed_training_goes_on_where_it_was(run, toy_dataset, tmp_path):
+    out = tmp_path / "killed"
+    argv = [sys.executable, "-W", "ignore", "-c", KILLED, str(toy_dataset), str(out), TINY.model_dump_json()]
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == -9, done.stderr
+    assert not (out / "provenance.json").exists() and (out / "training" / "weights" / "last.pt").is_file()
+    (out / "training" / "weights" / "last.tmp").write_bytes(b"half a checkpoint")
+    train(toy_dataset, out, TINY, device="cpu", progress=False)
+    assert read_json(out / "provenance.json")["resumed_after_epochs"] == 1
+    assert losses(out)[0] == pytest.approx(losses(run)[0], rel=1e-3)  # the epoch before the kill, on any machine
+    assert losses(out)[1] == pytest.approx(losses(run)[1], rel=0.25)  # weights came back in half precision
+    assert not (out / "training").exists()
+
+
+def test_the_same_seed_trains_the_same_network(run, toy_dataset, tmp_path):
+    again = train(toy_dataset, tmp_path / "b", TINY, device="cpu", progress=False)
+    assert losses(again) == pytest.approx(losses(run), rel=1e-4)
+
+
+def test_a_yaml_made_for_ultralytics_can_be_trained_on(toy_dataset, tmp_path):
+    coco = read_coco(toy_dataset / "coco_annotations.json")
+    data = write_yolo(tmp_path / "yolo", {s: [(split_coco(coco, s), toy_dataset)] for s in ("train", "val")},
+                      progress=False)
+    one = TINY.model_copy(update=dict(epochs=1, imgsz=64))
+    assert (train(data, tmp_path / "run", one, device="cpu", progress=False) / "weights" / "best.pt").is_file()
+    facts = yaml.safe_load(data.read_text())
+    data.write_text(yaml.safe_dump({**facts, "names": dict(enumerate(["tweezers", "needle_holder"]))}))
+    with pytest.raises(ValueError, match="in this order"):
+        train(data, tmp_path / "other", one, device="cpu")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda c: c["images"].clear() or c["annotations"].clear(), "the split 'train', got none"),
+    (lambda c: [im.update(split="train") for im in c["images"]], "the split 'val', got none"),
+    (lambda c: c["annotations"].clear(), "expected labelled tools"),
+    (lambda c: [im.pop("split") for im in c["images"]], "assign_splits"),
+])
+def test_data_that_cannot_be_learned_from_are_refused_at_once(toy_dataset, tmp_path, change, says):
+    folder = shutil.copytree(toy_dataset, tmp_path / "data")
+    coco = read_coco(folder / "coco_annotations.json")
+    change(coco)
+    write_coco(folder / "coco_annotations.json", coco)
+    with pytest.raises(ValueError, match=says):
+        train(folder, tmp_path / "run", TINY, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_is_named_before_training(toy_dataset, tmp_path):
+    folder = shutil.copytree(toy_dataset, tmp_path / "data")
+    image = folder / "images" / "000003.jpg"
+    image.write_bytes(image.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"000003\.jpg"):
+        load_splits(folder)
+
+
+def test_a_transposed_batch_keeps_points_on_the_pictures_they_mark():
+    image = torch.zeros(1, 3, 16, 16)
+    points = torch.tensor([[2.0, 3, 2], [1, 4, 2], [5, 2, 2], [8, 8, 2], [12, 14, 2]])
+    points = torch.as_tensor(order_jaws(points.numpy()))
+    for value, (x, y, _) in enumerate(points.tolist(), 1):
+        image[0, :, int(y), int(x)] = value
+    shares = points.clone()
+    shares[:, :2] = (points[:, :2] + 0.5) / 16
+    batch = dict(img=image, keypoints=shares[None].float(), bboxes=torch.tensor([[0.5, 0.25, 0.2, 0.4]]))
+    turned = transpose_batch(batch)
+    xy = (turned["keypoints"][0, :, :2] * 16 - 0.5).round().long()
+    values = [turned["img"][0, 0, y, x].item() for x, y in xy.tolist()]
+    assert values == [1, 3, 2, 4, 5]  # the jaws changed names, the others stayed
+    assert turned["bboxes"].tolist() == [pytest.approx([0.25, 0.5, 0.4, 0.2])]
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+@pytest.mark.parametrize("packed", [
+    lambda evil, path: path.write_bytes(pickle.dumps(evil)),
+    lambda evil, path: torch.save(evil, path),
+    lambda evil, path: torch.save({"model": evil}, path),
+    lambda evil, path: torch.save({"a": torch.ones(1), "b": evil}, path),
+])
+def test_code_in_weights_does_not_run(tmp_path, packed, toy_dataset):
+    target, weights = tmp_path / "it_ran", tmp_path / "evil.pt"
+    packed(Evil(target), weights)
+    for use in (read_weights, load_model, lambda w: build_model("yolov8n-pose", w),
+                lambda w: predict(toy_dataset, tmp_path / "out", weights=w, device="cpu"),
+                lambda w: train(toy_dataset, tmp_path / "run", TINY.model_copy(update=dict(weights_init=w)), device="cpu")):
+        with pytest.raises(ValueError, match=r"evil\.pt: expected an Ultralytics checkpoint"):
+            use(weights)
+    assert not target.exists()
+
+
+def test_missing_and_foreign_weights_are_refused(tmp_path, toy_dataset):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        train(toy_dataset, tmp_path / "run", TINY.model_copy(update=dict(weights_init=tmp_path / "none.pt")), device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        predict(toy_dataset, tmp_path / "out", weights=tmp_path / "none.pt", device="cpu")
+    from ultralytics.nn.tasks import PoseModel
+
+    people = PoseModel("yolov8n-pose.yaml", verbose=False)
+    people.names = {0: "person"}
+    write_weights(tmp_path / "people.pt", people, dict(imgsz=64))
+    with pytest.raises(ValueError, match="got person with 17"):
+        load_model(tmp_path / "people.pt")
+
+
+def test_nobody_is_asked_for_anything(tmp_path):
+    "Importing, building and predicting open no connection."
+    code = """
+import socket, sys, warnings
+def refuse(*args, **kwargs): raise SystemExit(f"network: {args}")
+socket.create_connection = socket.getaddrinfo = refuse; socket.socket.connect = refuse
+warnings.simplefilter("ignore")
+import numpy as np
+from surgpose.pose.model import build_model, ultralytics
+ultralytics(); build_model("yolov8n-pose")[0].predict(np.zeros((64, 64, 3), np.uint8), imgsz=64, device="cpu", verbose=False)
+print("quiet")
+"""
+    env = {**os.environ, "YOLO_CONFIG_DIR": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "quiet\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shared_dir() is None, reason="no shared folder with COCO weights")
+def test_coco_weights_carry_over():
+    yolo, carried = build_model("yolov8n-pose", shared_dir() / "weights" / "yolov8n-pose_coco_statedict.pt")
+    assert (len(carried), len(yolo.model.state_dict())) == (355, 397)
+
+
+def test_training_from_nothing_says_so():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="starts from random numbers"):
+            build_model("yolov8n-pose")
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def found_of(truth: dict, shift_px: float = 0.0) -> list[dict]:
+    def moved(a: dict) -> list[float]:
+        return (np.reshape(a["keypoints"], (5, 3)) + [shift_px, 0, 0]).ravel().tolist()
+    return [dict(image_id=a["image_id"], category_id=a["category_id"], score=0.9, bbox=a["bbox"], keypoints=moved(a))
+            for a in truth["annotations"]]
+
+
+def test_perfect_predictions_score_one_and_shifted_ones_what_their_oks_says(toy_dataset):
+    truth = read_coco(toy_dataset / "coco_annotations.json")
+    assert score(truth, found_of(truth))["AP"] == score(truth, found_of(truth))["box_AP"] == 1
+    area = {a["area"] for a in truth["annotations"]}
+    same = {**truth, "annotations": [{**a, "area": max(area)} for a in truth["annotations"]]}
+    kpts = np.reshape(same["annotations"][0]["keypoints"], (1, 5, 3))
+    for sigmas in (SIGMAS, LENIENT_SIGMAS):
+        for shift in (1.0, 3.0, 6.0):
+            similarity = oks(kpts, kpts + [shift, 0, 0], [max(area)], sigmas)[0, 0]
+            expected = np.mean(similarity >= np.linspace(0.5, 0.95, 10))
+            assert score(same, found_of(same, shift), sigmas=sigmas)["AP"] == pytest.approx(expected)
+
+
+def test_evaluation_of_a_network_is_written_and_finite(run, toy_dataset, tmp_path):
+    cfg = EvaluateConfig(bootstrap=10)
+    result = evaluate(run / "weights" / "best.pt", toy_dataset, tmp_path, cfg, device="cpu", progress=False)
+    assert read_json(tmp_path / "metrics.json") == result
+    assert result["n_images"] == 4 and result["provenance"]["imgsz"] == 96
+    assert result["lenient"]["AP"] >= result["strict"]["AP"] >= 0 and result["strict"]["sigma"] == 0.05
+    with pytest.raises(ValueError, match="split 'test', got none"):
+        evaluate(run / "weights" / "best.pt", toy_dataset, tmp_path, cfg, device="cpu", split="test")
+
+
+def test_an_empty_truth_has_no_score_but_a_reason():
+    empty = new_coco([dict(id=1, file_name="a.jpg", width=9, height=9)], [])
+    result = score(empty, [])
+    assert np.isnan(result["AP"]) and result["reason"] == "there is no tool in 1 images"
+
+
+# Prediction -----------------------------------------------------------------------------------------------------------
+
+
+def test_poses_are_what_ultralytics_found(run, toy_dataset):
+    "Same boxes, scores and points, but for the half pixel between a corner and a centre."
+    from surgpose.data.video import read_image
+
+    model, image = load_model(run / "weights" / "best.pt"), read_image(toy_dataset / "images" / "000001.jpg")
+    raw = model.predict(image, imgsz=96, conf=0.0, max_det=5, device="cpu", verbose=False)[0]
+    cfg = PredictConfig(conf=0.0, max_det=5)
+    (_, _, poses), = predict_frames(model, [(Frame("1.jpg", 128, 128), image)], cfg, device="cpu")
+    order = np.argsort(-raw.boxes.conf.numpy(), kind="stable")
+    assert len(poses) == 5
+    np.testing.assert_allclose(poses.keypoints[..., :2], raw.keypoints.data.numpy()[order][..., :2] - 0.5, atol=1e-3)
+    np.testing.assert_allclose(poses.keypoints[..., 2], raw.keypoints.data.numpy()[order][..., 2], atol=1e-6)
+    np.testing.assert_allclose(poses.xywh_px[:, 2:], raw.boxes.xywh.numpy()[order][:, 2:], atol=1e-3)
+    assert poses.category_id.tolist() == (raw.boxes.cls.numpy()[order] + 1).tolist()
+    assert len(poses_of_result(raw[[]])) == 0
+
+
+def test_a_folder_is_predicted_into_files_that_agree(run, toy_dataset, tmp_path):
+    out = predict(toy_dataset, tmp_path, PredictConfig(conf=0.0, max_det=2, stride=4), weights=run / "weights" / "best.pt",
+                  device="cpu", progress=False)
+    rows = read_predictions(out)
+    assert [f.file_name for f, _ in rows] == [f"{i:06d}.jpg" for i in (0, 4, 8, 12)]
+    with open(out / "predictions.csv") as f:
+        assert len(list(csv.DictReader(f))) == sum(len(p) for _, p in rows) == 8
+    assert sorted(p.name for p in (out / "overlay").iterdir()) == [f.file_name for f, _ in rows]
