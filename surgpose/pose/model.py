@@ -93,7 +93,6 @@ def read_weights(
 # %% ../../nbs/29_model.ipynb #c018
 SCRATCH = "scratch"
 
-# %% ../../nbs/29_model.ipynb #c019
 def find_weights(
     path: Path | str | None,  # a .pt file, the word scratch, or nothing
     model: str = "yolov8n-pose",  # name of the network; picks the starter weights
@@ -109,6 +108,21 @@ def find_weights(
     except FileNotFoundError: return None
     size = Path(model).stem.removesuffix("-pose")[-1:]
     return next((p for p in [starters / f"surgpose-{size}.pt"] if p.is_file() and "v8" in model), None)
+
+# %% ../../nbs/29_model.ipynb #c022
+def _name_outputs(model: Any) -> None:
+    model.names = dict(enumerate(CLASSES))
+    model.kpt_shape, model.kpt_oks_sigmas = [len(KEYPOINTS), 3], list(SIGMAS)
+    model.kpt_names = {i: list(KEYPOINTS) for i in model.names}
+
+def _carry_over(model: Any, weights: Path | str) -> set[str]:
+    data = read_weights(weights)
+    source = data["model"].state_dict() if "model" in data else data
+    fits = {k: v.float() for k, v in model.state_dict().items() if k in source and source[k].shape == v.shape}
+    if not fits:
+        raise ValueError(f"{weights}: none of its {len(source)} tensors fits the network; is it of another size?")
+    model.load_state_dict({k: source[k].float() for k in fits}, strict=False)
+    return set(fits)
 
 # %% ../../nbs/29_model.ipynb #c023
 def build_model(
@@ -132,23 +146,7 @@ def build_model(
                       "images and epochs; name some with weights_init", stacklevel=2)
     return yolo, carried
 
-# %% ../../nbs/29_model.ipynb #c024
-def _name_outputs(model: Any) -> None:
-    model.names = dict(enumerate(CLASSES))
-    model.kpt_shape, model.kpt_oks_sigmas = [len(KEYPOINTS), 3], list(SIGMAS)
-    model.kpt_names = {i: list(KEYPOINTS) for i in model.names}
-
-# %% ../../nbs/29_model.ipynb #c025
-def _carry_over(model: Any, weights: Path | str) -> set[str]:
-    data = read_weights(weights)
-    source = data["model"].state_dict() if "model" in data else data
-    fits = {k: v.float() for k, v in model.state_dict().items() if k in source and source[k].shape == v.shape}
-    if not fits:
-        raise ValueError(f"{weights}: none of its {len(source)} tensors fits the network; is it of another size?")
-    model.load_state_dict({k: source[k].float() for k in fits}, strict=False)
-    return set(fits)
-
-# %% ../../nbs/29_model.ipynb #c029
+# %% ../../nbs/29_model.ipynb #c027
 def write_weights(
     path: Path | str,
     model: Any,  # a pose network, as read from a checkpoint
@@ -167,7 +165,7 @@ def write_weights(
     with atomic_path(path) as tmp: torch.save(checkpoint, tmp)
     return Path(path)
 
-# %% ../../nbs/29_model.ipynb #c030
+# %% ../../nbs/29_model.ipynb #c029
 def load_model(
     weights: Path | str,  # a checkpoint of a network trained on the schema's classes and keypoints
 ) -> YOLO:

@@ -47,7 +47,7 @@ def poses_of_result(
                   np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1), keypoints)
     return poses[np.argsort(-poses.score, kind="stable")]
 
-# %% ../../nbs/32_predict.ipynb #c006
+# %% ../../nbs/32_predict.ipynb #c007
 def predict_frames(
     model: YOLO | Path | str,  # a loaded network, or its weights
     frames: Iterable[tuple[Frame, np.ndarray]],  # frame, and its image (H, W, 3) uint8 BGR
@@ -63,7 +63,7 @@ def predict_frames(
     for frame, image in frames:
         yield frame, image, poses_of_result(model.predict(image, **options)[0])
 
-# %% ../../nbs/32_predict.ipynb #c014
+# %% ../../nbs/32_predict.ipynb #c015
 def predictions_dict(
     rows: Iterable[tuple[Frame, Poses]],  # frames without a tool count too
     info: dict | None = None,  # JSON-able; where the predictions come from
@@ -77,7 +77,7 @@ def predictions_dict(
                         for n, r in enumerate(poses.to_rows(), 1)]
     return dict(info=info or {}, categories=coco_categories(), images=images, annotations=annotations)
 
-# %% ../../nbs/32_predict.ipynb #c015
+# %% ../../nbs/32_predict.ipynb #c017
 def write_predictions(
     path: Path | str,  # a .json file
     rows: Iterable[tuple[Frame, Poses]],
@@ -86,7 +86,6 @@ def write_predictions(
     "Write predictions, whole or not at all."
     return write_json(path, predictions_dict(rows, info), indent=None)
 
-# %% ../../nbs/32_predict.ipynb #c016
 def read_predictions(
     path: Path | str,  # a predictions.json, or the folder that holds it
 ) -> list[tuple[Frame, Poses]]:  # frames in order, empty ones too
@@ -100,7 +99,7 @@ def read_predictions(
     return [(Frame(im["file_name"], im["width"], im["height"], im.get("frame", 0), im.get("t_s", 0.0)),
              Poses.from_rows(rows[im["id"]])) for im in data["images"]]
 
-# %% ../../nbs/32_predict.ipynb #c019
+# %% ../../nbs/32_predict.ipynb #c020
 def predictions_table(
     rows: Iterable[tuple[Frame, Poses]],
 ) -> pd.DataFrame:  # one row per tool: frame, t_s, file_name, tool, score, box, and x, y, conf of each keypoint
@@ -113,7 +112,23 @@ def predictions_table(
               *r["keypoints"]] for frame, poses in rows for r in poses.to_rows()]
     return pd.DataFrame(lines, columns=columns)
 
-# %% ../../nbs/32_predict.ipynb #c023
+# %% ../../nbs/32_predict.ipynb #c024
+def _write_still(path: Path, image_bgr: np.ndarray) -> None:
+    with atomic_path(path) as tmp: tmp.write_bytes(cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+
+def _overlay(stack: ExitStack, source: Path, out: Path, cfg: PredictConfig) -> Any:
+    if not cfg.overlay: return lambda frame, image: None
+    if not is_video(source): return lambda frame, image: _write_still(out / "overlay" / f"{Path(frame.file_name).stem}.jpg", image)
+    info = video_info(source)
+    writer = stack.enter_context(write_video(out / "overlay.mp4", fps=info.fps / cfg.stride, width=info.width,
+                                             height=info.height))
+    first: list[float] = []
+    def write(frame: Frame, image: np.ndarray) -> None:
+        first[:] = first or [frame.t_s]
+        writer.write(image, frame.t_s - first[0])
+    return write
+
+# %% ../../nbs/32_predict.ipynb #c025
 def predict(
     source: Path | str,  # an image, a folder of images, or a video
     out: Path | str,  # folder for predictions.json, predictions.csv, and overlay.mp4 or overlay/
@@ -143,20 +158,3 @@ def predict(
         write_predictions(out / "predictions.json", rows, facts)
         atomic_write(out / "predictions.csv", predictions_table(rows).to_csv(index=False))
     return out
-
-# %% ../../nbs/32_predict.ipynb #c024
-def _overlay(stack: ExitStack, source: Path, out: Path, cfg: PredictConfig) -> Any:
-    if not cfg.overlay: return lambda frame, image: None
-    if not is_video(source): return lambda frame, image: _write_still(out / "overlay" / f"{Path(frame.file_name).stem}.jpg", image)
-    info = video_info(source)
-    writer = stack.enter_context(write_video(out / "overlay.mp4", fps=info.fps / cfg.stride, width=info.width,
-                                             height=info.height))
-    first: list[float] = []
-    def write(frame: Frame, image: np.ndarray) -> None:
-        first[:] = first or [frame.t_s]
-        writer.write(image, frame.t_s - first[0])
-    return write
-
-# %% ../../nbs/32_predict.ipynb #c025
-def _write_still(path: Path, image_bgr: np.ndarray) -> None:
-    with atomic_path(path) as tmp: tmp.write_bytes(cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
