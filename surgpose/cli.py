@@ -30,7 +30,7 @@ def parse_verb(
     import tyro
     from pydantic import ValidationError
     verb = VERBS[name]
-    pairs = zip(args, [*args[1:], ""], strict=True)
+    pairs = zip(args, [*args, ""][1:], strict=True)
     asked = next((a.partition("=")[2] or b for a, b in pairs if a.split("=")[0] == "--profile"), "demo")
     base = as_usage(lambda: from_environment(profile(asked))) if asked in PROFILES else RunConfig()
     values = {f.name: tyro.MISSING if f.default is MISSING else f.default for f in fields(verb)}

@@ -163,20 +163,21 @@ class Pseudo(Verb):
 class Refine(Verb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
 
-    Example: surgpose refine --teacher runs/first --data data/mine --pseudo runs/clip/pseudo/dataset --out runs/second
+    Example: surgpose refine --teacher runs/first/weights/best.pt --data data/mine --pseudo runs/clip/pseudo/dataset --out runs/second
     """
-    teacher: Path  # run folder of the network that proposed the labels
+    teacher: Path  # weights of the network that proposed the labels
     data: Path  # dataset folder of rendered images
     pseudo: Path  # dataset folder of accepted frames
     refine: Annotated[RefineConfig, Flat] = RefineConfig()
+    train: Annotated[TrainConfig, arg(name="train")] = TrainConfig()  # the teacher's recipe
     out: Out = None  # run folder; `refined` under PROJ_OUT or reports/ when absent
     seed: int = 0  # root of all randomness
     device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
 
     def run(self) -> Path:
-        from surgpose.pipeline import refine_teacher
-        return refine_teacher(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.refine,
-                              seed=self.seed, device=self.device)
+        from surgpose.adapt.refine import refine
+        return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
+                      seed=self.seed, device=self.device)
 
 # %% ../nbs/91a_verbs.ipynb #c018
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +196,11 @@ class Compare(Verb):
     device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
 
     def run(self) -> Path:
-        from surgpose.pipeline import compare_runs
-        return compare_runs(self.before, self.after, self.place(self.out, "compare"), self.evaluate, data=self.data,
-                            video=self.video, truth=self.truth, device=self.device)
+        from surgpose.measure import compare_runs
+        out = self.place(self.out, "compare")
+        compare_runs(self.before, self.after, out, self.evaluate, data=self.data, video=self.video, truth=self.truth,
+                     device=self.device)
+        return out / "compare.json"
 
 # %% ../nbs/91a_verbs.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
