@@ -30,7 +30,7 @@ os._exit(0 if ok else 1)
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_library_notebook(path, tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore", "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", RUN, str(path), str(ROOT)], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
