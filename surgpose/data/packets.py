@@ -120,7 +120,8 @@ def read_timeline(
         _refuse_cut(path, container, stream, packets, end_s, cut)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         pts = np.unique(np.array(stamps, np.int64))
-        if len(pts) < 0.9 * packets: pts = pts[:0]  # a format without stamps, or broken ones: count instead
+        guessed = "avi" in container.format.name and stream.codec_context.has_b_frames
+        if guessed or len(pts) < 0.9 * packets: pts = pts[:0]  # no stamps, or none to rely on: count instead
         end_s = float((pts[-1] - pts[0]) * stream.time_base + 1 / rate) if len(pts) else float(packets / rate)
         return Timeline(pts, stream.time_base, len(pts) or packets, rate, end_s)
 
@@ -133,15 +134,16 @@ def decoded_frames(
 ) -> Iterator[VideoFrame]:
     "Decode a stream from where it is, passing over what is damaged."
     import av
-    broken = False
+    broken_at = None  # stamp of the damage that later frames may still show
     for packet in container.demux(stream):
         try: frames = packet.decode()
         except av.error.FFmpegError:
-            broken = True
+            broken_at = packet.pts or 0
             continue
         for frame in frames:
-            broken = broken and not frame.key_frame
-            if not frame.is_corrupt and not (clean and broken): yield frame
+            if broken_at is not None and frame.key_frame and (frame.pts or 0) > broken_at: broken_at = None
+            smeared = broken_at is not None and not frame.key_frame
+            if not frame.is_corrupt and not (clean and smeared): yield frame
 
 # %% ../../nbs/15a_packets.ipynb #c023
 def quarter_turns(
