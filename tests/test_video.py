@@ -39,7 +39,7 @@ def number_of(image):
 
 
 def encode(
-    path, frames=20, *, codec="libx264", pix_fmt="yuv420p", size=(WIDTH, HEIGHT), stamps=None, turn=0, **coding
+    path, n=20, *, codec="libx264", pix_fmt="yuv420p", size=(WIDTH, HEIGHT), stamps=None, turn=0, **coding
 ):
     """Write a clip with PyAV itself, so that the reader is not tested with its own writer."""
     fast = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
@@ -50,7 +50,7 @@ def encode(
             stream.codec_context.time_base = Fraction(1, 1000)
         if turn:
             stream.set_display_rotation(turn)
-        for i in range(frames):
+        for i in range(n):
             frame = av.VideoFrame.from_ndarray(picture(i, *size), "bgr24")
             if stamps:
                 frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
@@ -252,7 +252,7 @@ def test_agrees_with_opencv_frame_by_frame(clip):
 
 
 @pytest.mark.parametrize(
-    "name", ["with space", "тест ü 手術", "100%d", "a#b?c&d", "file:x", "concat:a|b", "-y", "n" * 200, "'; x"],
+    "name", ["with space", "тест ü 手術", "100%d", "a#b?c&d", "file:x", "concat:a|b", "-y", "n" * 200],
 )
 def test_names(name, clip, tmp_path):
     path = tmp_path / f"{name}.mp4"
@@ -362,6 +362,7 @@ def test_reader_can_be_dropped_midway(clip):
     assert len(list(read_video(clip))) == 20
 
 
+@pytest.mark.filterwarnings("ignore:left out")
 def test_a_folder_with_a_damaged_image(tmp_path):
     for i in range(4):
         cv2.imwrite(str(tmp_path / f"{i}.jpg"), picture(i))
