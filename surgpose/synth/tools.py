@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.optimize import brentq
 
-from ..schema import CLASSES, KEYPOINT_COLOURS, KEYPOINTS, category_id
+from ..schema import CLASSES, JAW_L, JAW_R, KEYPOINT_COLOURS, KEYPOINTS, category_id
 from .shapes import needle_holder, tweezers
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'BAND_MM', 'SPLITS', 'Tool', 'default_params', 'parametric_asset', 'length_bands', 'sample_asset',
-           'opening_range', 'build_tool', 'fig_tool']
+           'opening_range', 'build_tool', 'opening_of_gap', 'fig_tool']
 
 # %% ../../nbs/20_tools.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,20 @@ def build_tool(
                 np.asarray(body.radius) * 1e-3)
 
 # %% ../../nbs/20_tools.ipynb #c023
+def opening_of_gap(
+    asset: dict,
+    gap_mm: float,  # between the two jaws' keypoints
+) -> float:  # degrees, for `build_tool`
+    "Find the opening at which the jaws' ends are so far apart."
+    def gap(opening_deg: float) -> float:
+        return 1e3 * float(np.linalg.norm(np.subtract(*build_tool(asset, opening_deg).keypoints_m[[JAW_L, JAW_R]])))
+
+    low, high = opening_range(asset)
+    if not gap(low) <= gap_mm <= gap(high):
+        raise ValueError(f"{asset['class']} gap: expected {gap(low):.2f} to {gap(high):.2f} mm, got {gap_mm:g}")
+    return float(brentq(lambda angle: gap(angle) - gap_mm, low, high, xtol=1e-9))
+
+# %% ../../nbs/20_tools.ipynb #c027
 def _look(tool: Tool, R: np.ndarray, step_mm: float) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     tints = {"steel": (0.72, 0.75, 0.78), "gold": (0.86, 0.66, 0.2), "insert": (0.4, 0.4, 0.45)}
     mesh, faces = tool.mesh, [len(m.faces) for m in tool.parts.values()]
@@ -189,7 +204,7 @@ def _look(tool: Tool, R: np.ndarray, step_mm: float) -> tuple[np.ndarray, tuple[
     image[ray] = np.clip(colour[face] * light[:, None] * 1.15, 0, 1)
     return image.reshape(*x.shape, 3), (x0, x1, y0, y1)
 
-# %% ../../nbs/20_tools.ipynb #c024
+# %% ../../nbs/20_tools.ipynb #c028
 def fig_tool(
     tool: Tool,
     *,
