@@ -179,8 +179,8 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 <td class="number">{{ p.time }}</td><td>{% for label, value in p.numbers.items() %}{{ label }}&nbsp;{{ value|number }}
 {{ "" if loop.last else " · " }}{% endfor %}{{ p.error }}</td></tr>{% endfor %}</table>{% endif %}
 {% if files %}<h2>Files</h2><ul class="plain">{% for f in files %}<li><a href="{{ f }}">{{ f }}</a></li>{% endfor %}</ul>{% endif %}
-<h2>Made from</h2><ul class="plain soft">{% for k, v in facts.items() %}<li><b>{{ k }}</b> {{ v }}</li>{% endfor %}</ul>
-{% endblock %}"""
+{% if facts %}<h2>Made from</h2><ul class="plain soft">
+{% for k, v in facts.items() %}<li><b>{{ k }}</b> {{ v }}</li>{% endfor %}</ul>{% endif %}{% endblock %}"""
 
 # %% ../nbs/94_page.ipynb #c027
 STATES = {"ok": ("done", "ok"), "fresh": ("up to date", "ok"), "failed": ("failed", "failed"), "blocked": ("not run", "skipped"),
@@ -223,7 +223,7 @@ def write_index(
     files = [f for f in ("config.yaml", "run.json", "compare.json", "predictions/overlay.mp4",
                          "predictions_refined/overlay.mp4", "side_by_side.mp4", "teacher/results.csv") if (out / f).is_file()]
     done = sum(p["status"] in ("ok", "fresh") for p in entries.values())
-    facts = {k: v for k, v in run.items() if k != "phases" and v not in (None, "")}
+    facts = {k: v for k, v in {**run, **run.get("versions", {})}.items() if k not in ("phases", "versions") and v not in (None, "")}
     page = fill_page(INDEX, title=f"surgpose: {out.name}", subtitle=f"{done} of {len(entries)} phases finished.", broken=broken,
                      verdict=compare.get("verdict", ""), tiles=_tiles(compare), reports=cards, sets=compare.get("sets", []),
                      phases=phases, files=files, facts=facts)

@@ -84,7 +84,7 @@ def headline(
     lines = "".join(f'<p class="{c}">{escape(t)}</p>' for c, t in (("question", question), ("verdict", verdict)) if t)
     text = "\n".join([*filter(None, (question, verdict)), *(f"{k}: {v}" for k, v in shown.items())])
     display({"text/html": f'<div class="headline">{lines}<div class="tiles">{tiles}</div></div>', "text/plain": text,
-             HEADLINE: dict(question=question, verdict=verdict, numbers=shown)}, raw=True)
+             HEADLINE: dict(question=question, verdict=verdict, numbers=list(shown.items()))}, raw=True)  # JSON forgets order
 
 # %% ../nbs/91_report.ipynb #c014
 def verdict(
@@ -209,7 +209,8 @@ def _executed(target: Path, source: Path) -> nbformat.NotebookNode:
 # %% ../nbs/91_report.ipynb #c036
 def _headline_of(nb: nbformat.NotebookNode) -> dict:
     found = (o["data"][HEADLINE] for c in nb.cells for o in c.get("outputs", []) if HEADLINE in o.get("data", {}))
-    return next(found, dict(question="", verdict="", numbers={}))
+    first = next(found, dict(question="", verdict="", numbers=[]))
+    return {**first, "numbers": dict(first["numbers"])}
 
 # %% ../nbs/91_report.ipynb #c037
 def _title_of(nb: nbformat.NotebookNode, name: str) -> str:
