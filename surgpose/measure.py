@@ -5,6 +5,7 @@
 # %% ../nbs/89a_measure.ipynb #c002
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from surgpose.data.video import VideoInfo
 
 # %% auto #0
-__all__ = ['TIP_MEASURES', 'find_truth', 'read_truth', 'labelled_metrics', 'tip_rows', 'compare_runs', 'compare_verdict']
+__all__ = ['MEASURES', 'TIP_MEASURES', 'find_truth', 'read_truth', 'labelled_metrics', 'tip_rows', 'metric_rows', 'compare_runs',
+           'compare_verdict']
 
 # %% ../nbs/89a_measure.ipynb #c005
 def find_truth(
@@ -63,11 +65,14 @@ def labelled_metrics(
     rows = [(f, poses) for f, _, poses in predict_frames(weights, frames, cfg, device=device)]
     return metrics(*match_frames(predictions_dict(rows), truth), cfg)
 
-# %% ../nbs/89a_measure.ipynb #c011
+# %% ../nbs/89a_measure.ipynb #c012
+MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2", "box.AP50": "box AP50",
+            "pck.0.05.value": "keypoints within 5 % of the box diagonal", "pixel.tip.median_px": "median tip error, px",
+            "n_found": "detections"}
 TIP_MEASURES = {"within": "tip within 5 % of the image diagonal", "median_share": "median tip error, share of the diagonal",
                 "found": "tips found"}
 
-# %% ../nbs/89a_measure.ipynb #c012
+# %% ../nbs/89a_measure.ipynb #c013
 def tip_rows(
     before: dict[str, dict],  # as `tip_errors` leaves them: class -> n, found, median_share, within
     after: dict[str, dict],
@@ -76,12 +81,22 @@ def tip_rows(
     return [_row(f"{tool.replace('_', ' ')}: {label} (n = {before[tool]['n']})", before[tool][key],
                  after.get(tool, {}).get(key)) for key, label in TIP_MEASURES.items() for tool in before]
 
-# %% ../nbs/89a_measure.ipynb #c013
+# %% ../nbs/89a_measure.ipynb #c014
+def metric_rows(
+    before: dict,  # as in metrics.json
+    after: dict,
+) -> list[dict]:  # metric, before, after, delta
+    "Put the measures that decide side by side."
+    from surgpose.pose.compare import flat_numbers
+    old, new = flat_numbers(before), flat_numbers(after)
+    return [_row(label, old[key], new.get(key)) for key, label in MEASURES.items() if key in old]
+
+# %% ../nbs/89a_measure.ipynb #c015
 def _row(metric: str, before: Any, after: Any) -> dict:
     known = before is not None and after is not None
     return dict(metric=metric, before=before, after=after, delta=after - before if known else None)
 
-# %% ../nbs/89a_measure.ipynb #c017
+# %% ../nbs/89a_measure.ipynb #c019
 def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: str) -> dict:
     from surgpose.files import hash_data
     from surgpose.pose.evaluate import evaluate, load_truth
@@ -92,7 +107,7 @@ def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: st
     if wanted.items() <= facts.get("provenance", {}).items(): return facts
     return evaluate(weights, data, out, cfg, device=device)
 
-# %% ../nbs/89a_measure.ipynb #c018
+# %% ../nbs/89a_measure.ipynb #c020
 def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: str) -> dict:
     from surgpose.pose.model import model_sha
     from surgpose.pose.predict import predict
@@ -102,30 +117,24 @@ def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: st
     predict(video, out, cfg, weights=weights, device=device)
     return read_json(path)
 
-# %% ../nbs/89a_measure.ipynb #c019
-def _one_set(name: str, unit: str, n: int, before: dict, after: dict | None) -> dict:
-    from surgpose.pose.compare import compare_metrics
-    if name == "tip tracks": rows = tip_rows(before, after or {})
-    else: rows = compare_metrics(before, after or {}).to_dict("records")
-    return dict(name=name, unit=unit, n=n, rows=[_row(r["metric"], r["before"], r["after"]) for r in rows])
-
-# %% ../nbs/89a_measure.ipynb #c020
+# %% ../nbs/89a_measure.ipynb #c021
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
                    truth: Path | None, seen: list[dict], device: str) -> list[dict]:
     from surgpose.pose.evaluate import tip_errors
     sets, labels = [], read_truth(truth) if truth and video else None
+    def add(name: str, unit: str, n: int, rows: list[dict]) -> None: sets.append(dict(name=name, unit=unit, n=n, rows=rows))
     if data:
-        two = [_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs]
-        sets.append(_one_set("synthetic validation", "images", two[0]["n_images"], two[0], *two[1:] or [None]))
+        old, new, *_ = [*(_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs), {}]
+        add("synthetic validation", "images", old["n_images"], metric_rows(old, new))
     if isinstance(labels, dict):
-        two = [labelled_metrics(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs]
-        sets.append(_one_set("labelled clip", "frames", two[0]["n_images"], two[0], *two[1:] or [None]))
+        old, new, *_ = [*(labelled_metrics(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs), {}]
+        add("labelled clip", "frames", old["n_images"], metric_rows(old, new))
     elif labels is not None:
-        two = [tip_errors(p, labels) for p in seen]
-        sets.append(_one_set("tip tracks", "tips", sum(t["n"] for t in two[0].values()), two[0], *two[1:] or [None]))
+        old, new, *_ = [*(tip_errors(p, labels) for p in seen), {}]
+        add("tip tracks", "tips", sum(t["n"] for t in old.values()), tip_rows(old, new))
     return sets
 
-# %% ../nbs/89a_measure.ipynb #c021
+# %% ../nbs/89a_measure.ipynb #c022
 def compare_runs(
     before: Path,  # run folder of a trained network
     after: Path,  # run folder of another; without weights in it, `before` is measured alone
@@ -142,17 +151,24 @@ def compare_runs(
     if not (data or video): raise ValueError("compare: expected a dataset, a video, or both, got neither")
     runs = [r for r in (before, after) if (r / "weights" / "best.pt").is_file()]
     if before not in runs: raise FileNotFoundError(f"{before}: expected a run folder with weights/best.pt")
-    from surgpose.pose.compare import jitter_px
-    folders = (out / "predictions", out / "predictions_refined")
-    seen = [_predicted(r, video, f, predict or PredictConfig(), device) for r, f in zip(runs, folders, strict=False) if video]
+    from surgpose.pose.compare import side_by_side
+    folders, predict = (out / "predictions", out / "predictions_refined"), predict or PredictConfig()
+    seen = [_predicted(r, video, f, predict, device) for r, f in zip(runs, folders, strict=False) if video]
     sets = _compared_sets(runs, out, cfg, data, video, truth or (find_truth(video) if video else None), seen, device)
+    if len(seen) == 2 and predict.overlay: side_by_side(video, *folders, out / "side_by_side.mp4")
     gate = read_json(after / "refine.json") if (after / "refine.json").is_file() else {}
     found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video, sets=sets,
-                 jitter_px=dict(zip(("before", "after"), [*map(jitter_px, seen), None, None], strict=False)))
+                 jitter_px=dict(zip(("before", "after"), [*map(_jitter, folders[:len(seen)]), None, None], strict=False)))
     write_json(out / "compare.json", found)
     return found
 
-# %% ../nbs/89a_measure.ipynb #c022
+# %% ../nbs/89a_measure.ipynb #c023
+def _jitter(predictions: Path) -> float | None:
+    from surgpose.pose.compare import jitter_px
+    value = jitter_px(predictions)
+    return value if math.isfinite(value) else None
+
+# %% ../nbs/89a_measure.ipynb #c024
 def compare_verdict(
     sets: list[dict],  # as in compare.json
     reason: str = "",  # why the gate decided as it did
