@@ -182,11 +182,13 @@ def opening_of_gap(
 ) -> float:  # degrees, for `build_tool`
     "Find the opening at which the jaws' ends are so far apart."
     def gap(opening_deg: float) -> float:
-        return 1e3 * float(np.linalg.norm(np.subtract(*build_tool(asset, opening_deg).keypoints_m[[JAW_L, JAW_R]])))
+        left, right = build_tool(asset, opening_deg).keypoints_m[[JAW_L, JAW_R]]
+        return 1e3 * float(np.linalg.norm(left - right))
 
     low, high = opening_range(asset)
     if not gap(low) <= gap_mm <= gap(high):
-        raise ValueError(f"{asset['class']} gap: expected {gap(low):.2f} to {gap(high):.2f} mm, got {gap_mm:g}")
+        span = f"{gap(low):.2f} to {gap(high):.2f}"
+        raise ValueError(f"{asset['class']} gap: expected {span} mm, got {gap_mm:g}")
     return float(brentq(lambda angle: gap(angle) - gap_mm, low, high, xtol=1e-9))
 
 # %% ../../nbs/20_tools.ipynb #c027
