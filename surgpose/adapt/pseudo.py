@@ -57,7 +57,7 @@ REASONS = dict(
     short_track="seen in too few frames",
     class_flicker="its class differs from the rest of its track",
     jump="a keypoint is far from where its track says",
-    gap="its track goes on before and after, but here nothing was found",
+    gap="its track goes on before or after, but here nothing was found",
     rejected="a person said no",
 )
 FILTERS = dict(detections=(), after_score=("low_score",), after_keypoints=("few_keypoints",),

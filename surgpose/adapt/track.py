@@ -19,7 +19,7 @@ from .pseudo import Candidates, agreement, body_area, make_table, poses_of
 from ..config import TrackConfig
 from ..data.show import new_figure
 from ..geometry import iou_xywh
-from ..schema import CLASS_COLOURS, TIP, Frame, Poses, class_name
+from ..schema import CLASS_COLOURS, CLASSES, TIP, Frame, Poses, class_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -241,4 +241,7 @@ def fig_tracks(
     axes[0].set(ylabel="tip x / px", title=f"{linked.track.nunique()} tracks, n = {len(linked)} poses")
     axes[1].set(ylabel="tip y / px", xlabel="time / s")
     axes[1].invert_yaxis()
+    for name, ink in zip(CLASSES, CLASS_COLOURS, strict=True):
+        axes[0].plot([], color=ink, label=name.replace("_", " "))
+    axes[0].legend(ncols=2)
     return fig
