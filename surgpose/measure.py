@@ -69,7 +69,7 @@ def labelled_metrics(
 MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2", "box.AP50": "box AP50",
             "pck.0.05.value": "keypoints within 5 % of the box diagonal", "pixel.tip.median_px": "median tip error, px",
             "n_found": "detections"}
-TIP_MEASURES = {"within": "tip within 5 % of the image diagonal", "median_share": "median tip error, share of the diagonal",
+TIP_MEASURES = {"within": "tip within 5 % of the diagonal", "median_share": "median tip error, share of the diagonal",
                 "found": "tips found"}
 
 # %% ../nbs/89a_measure.ipynb #c013

@@ -223,7 +223,8 @@ def write_index(
     files = [f for f in ("config.yaml", "run.json", "compare.json", "predictions/overlay.mp4",
                          "predictions_refined/overlay.mp4", "side_by_side.mp4", "teacher/results.csv") if (out / f).is_file()]
     done = sum(p["status"] in ("ok", "fresh") for p in entries.values())
-    facts = {k: v for k, v in {**run, **run.get("versions", {})}.items() if k not in ("phases", "versions") and v not in (None, "")}
+    known = {**run, **run.get("versions", {}), **{k: Path(run[k]).name for k in ("video", "truth") if run.get(k)}}
+    facts = {k: v for k, v in known.items() if k not in ("phases", "versions") and v not in (None, "")}
     page = fill_page(INDEX, title=f"surgpose: {out.name}", subtitle=f"{done} of {len(entries)} phases finished.", broken=broken,
                      verdict=compare.get("verdict", ""), tiles=_tiles(compare), reports=cards, sets=compare.get("sets", []),
                      phases=phases, files=files, facts=facts)

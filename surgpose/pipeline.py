@@ -142,7 +142,7 @@ def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Measure before and after, on rendered images and on the video."
     found = compare_runs(job.out / "teacher", job.out / "refined", job.out, job.cfg.evaluate, predict=job.cfg.predict,
                          data=job.out / "synthetic", video=job.video, truth=job.truth, device=job.cfg.device)
-    return {f"{s['name']} {s['rows'][0]['metric']}": s["rows"][0]["delta"] for s in found["sets"] if s["rows"]}
+    return {f"change on {s['name']}": s["rows"][0]["delta"] for s in found["sets"] if s["rows"]}
 
 # %% ../nbs/90_pipeline.ipynb #c021
 def report_phase(
