@@ -191,7 +191,8 @@ def _arm_curve(p: dict[str, Any], opening_deg: float) -> dict[str, Any]:
     crest = np.maximum(0, np.sin((x - lo) / p["rib_mm"] * 2 * np.pi)) ** 0.7
     rib = p["rib_height_mm"] * crest * ((x > lo) & (x < hi))
     thick = profile(x, {0: t, f: t, lo: 1.25 * t, hi: 1.25 * t, n: p["tip_height_mm"]})
-    y = np.maximum(profile(x, {0: t / 2, f: t / 2, g: p["bow_mm"], n: p["tip_height_mm"] / 2 + 0.05}), thick / 2)
+    y = profile(x, {0: t / 2, f: t / 2, g: p["bow_mm"], n: p["tip_height_mm"] / 2 + 0.05})
+    y = np.maximum(y, thick / 2)
     wide = profile(x, _arm_widths(p)) * dome(x, 2.5 + 0.25 * p["end_width_mm"]) * dome(n - x, 1.2)
     step = np.diff(x + 1j * y)
     share = np.clip((x[1:] - 0.7 * f) / (0.16 * n), 0, 1)
