@@ -52,7 +52,7 @@ from surgpose.data.yolo import (
 )
 from surgpose.schema import FLIP_IDX, SIGMAS, coco_categories
 
-few = settings(max_examples=150, deadline=None)
+few = settings(max_examples=100, deadline=None)
 needs_shared = pytest.mark.skipif(shared_dir() is None, reason="the shared data are not beside this checkout")
 
 
@@ -307,9 +307,9 @@ def test_a_crowd_is_not_trained_on(tmp_path):
         (dict(train="../../elsewhere"), "leads out of"),
         (dict(train="/etc"), "leads out of"),
         (dict(kpt_shape=[17, 3]), "expected kpt_shape"),
-        (dict(kpt_shape=None), "expected kpt_shape"),
+        (dict(kpt_shape=None), "kpt_shape: "),
         (dict(names=["needle_holder", "twezers"]), "did you mean 'tweezers'"),
-        (dict(names=None), "expected a mapping with `names`"),
+        (dict(names=None), "names"),
     ],
 )
 def test_hostile_data_yaml(tmp_path, change, says):
@@ -541,9 +541,10 @@ MALFORMED = [
     (tool_with(segmentation=dict(size=[100000, 100000], counts="0")), "segmentation.size"),
     (image_with(width=0), r"images\[0\]\.width"),
     (image_with(height=-3), r"images\[0\]\.height"),
-    (image_with(fx=float("nan")), r"images\[0\]\.fx.*finite"),
-    (image_with(file_name="../../x"), r"images\[0\]\.file_name: '../../x' leads out of"),
-    (image_with(file_name="/etc/passwd"), r"images\[0\]\.file_name: '/etc/passwd' leads out of"),
+    (image_with(fx=float("nan")), r"images\.0\.fx: expected a finite number"),
+    (tool_with(T_cam_tool=[[1], [float("inf")]]), r"annotations\.0\.T_cam_tool\.1\.0: expected a finite"),
+    (image_with(file_name="../../x"), r"images\[0\]\.file_name: name: '../../x' leads out of"),
+    (image_with(file_name="/etc/passwd"), r"images\[0\]\.file_name: name: '/etc/passwd' leads out of"),
     (image_with(file_name="..\\..\\x"), r"images\[0\]\.file_name"),
     (image_with(file_name="a\0.jpg"), r"images\[0\]\.file_name"),
     (image_with(file_name=""), r"images\[0\]\.file_name"),

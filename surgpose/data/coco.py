@@ -35,7 +35,6 @@ class _Image(BaseModel, extra="allow"):
     file_name: str
     width: Annotated[_Int, Field(gt=0)]
     height: Annotated[_Int, Field(gt=0)]
-    fx: _Number = None; fy: _Number = None; cx: _Number = None; cy: _Number = None  # may be absent, not null
 
 # %% ../../nbs/10_coco.ipynb #c007
 class _Category(BaseModel, extra="allow"):
@@ -49,9 +48,8 @@ class _Category(BaseModel, extra="allow"):
         category_id(self.name)
         if self.keypoints and tuple(self.keypoints) != KEYPOINTS:
             raise ValueError(f"keypoints: expected {KEYPOINTS} in this order, got {self.keypoints}")
-        for bone in self.skeleton:
-            if not 1 <= min(bone) <= max(bone) <= len(KEYPOINTS):
-                raise ValueError(f"skeleton: COCO counts from 1 to {len(KEYPOINTS)}, got {list(bone)}")
+        bad = [bone for bone in self.skeleton if not 1 <= min(bone) <= max(bone) <= len(KEYPOINTS)]
+        if bad: raise ValueError(f"skeleton: COCO counts from 1 to {len(KEYPOINTS)}, got {list(bad[0])}")
         return self
 
 # %% ../../nbs/10_coco.ipynb #c009
@@ -94,17 +92,23 @@ def _complaints(error: ValidationError) -> list[str]:
     return lines
 
 # %% ../../nbs/10_coco.ipynb #c012
+def _not_finite(node: Any, path: str = "") -> list[str]:
+    node = _unwrap(node)
+    if isinstance(node, float) and not np.isfinite(node): return [f"{path[1:]}: expected a finite number, got {node}"]
+    rows = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    return [line for k, v in rows for line in _not_finite(v, f"{path}.{k}")]
+
 def _cross_check(coco: dict, root: Path) -> list[str]:
     lines: list[str] = []
     sizes = {im["id"]: [im["height"], im["width"]] for im in coco["images"]}
     classes = {c["id"] for c in coco["categories"]}
     for i, im in enumerate(coco["images"]):
-        try: safe_join(root, im["file_name"], f"images[{i}].file_name")
-        except ValueError as e: lines.append(str(e))
+        try: safe_join(root, im["file_name"], "name")
+        except (ValueError, OSError, RuntimeError) as e: lines.append(f"images[{i}].file_name: {str(e)[:200]}")
     for i, a in enumerate(coco["annotations"]):
         at, mask, size = f"annotations[{i}]", a.get("segmentation"), sizes.get(a["image_id"])
         if size is None: lines.append(f"{at}.image_id: there is no image with id {a['image_id']}")
-        elif isinstance(mask, dict) and list(mask.get("size", ())) != size:
+        elif isinstance(mask, dict) and not np.array_equal(mask.get("size"), size):
             lines.append(f"{at}.segmentation.size: the image has {size}, got {mask.get('size')}")
         if a["category_id"] not in classes:
             lines.append(f"{at}.category_id: there is no category with id {a['category_id']}")
@@ -130,7 +134,7 @@ def validate_coco(
     "Refuse a malformed dataset, naming the place in the file; category ids may be foreign, names may not."
     try: _File.model_validate(coco)
     except ValidationError as e: lines = _complaints(e)
-    else: lines = _twice(coco) + _cross_check(coco, Path(root))
+    else: lines = _twice(coco) + _cross_check(coco, Path(root)) + _not_finite(coco)
     if lines: raise ValueError(f"{where}: " + "; ".join(lines[:5] + [f"{len(lines)} such in all"] * (len(lines) > 5)))
 
 # %% ../../nbs/10_coco.ipynb #c020
@@ -146,10 +150,8 @@ def area_px2(
 # %% ../../nbs/10_coco.ipynb #c025
 def _in_schema(coco: dict) -> dict:
     ids = {c["id"]: category_id(c["name"]) for c in coco["categories"]}
-    rows = []
-    for a in coco["annotations"]:
-        rows.append({"iscrowd": 0, **a, "category_id": ids[a["category_id"]], "area": area_px2(a),
-                     "num_keypoints": int(np.count_nonzero(a.get("keypoints", ())[2::3]))})
+    rows = [{"iscrowd": 0, **a, "category_id": ids[a["category_id"]], "area": area_px2(a), "num_keypoints":
+             int(np.count_nonzero(a.get("keypoints", ())[2::3]))} for a in coco["annotations"]]
     return {**coco, "annotations": rows, "categories": coco_categories()}
 
 # %% ../../nbs/10_coco.ipynb #c026
@@ -269,8 +271,7 @@ def check_splits(
     first: dict[Any, str] = {}
     for im in coco["images"]:
         other = first.setdefault(_group(im, by), im["split"])
-        if other != im["split"]:
-            raise ValueError(f"split: {by} {im[by]!r} lies in {other} and in {im['split']}; it belongs to one")
+        if other != im["split"]: raise ValueError(f"split: {by} {im[by]!r} lies in {other} and in {im['split']}")
     return dict(Counter(first.values()))
 
 # %% ../../nbs/10_coco.ipynb #c052

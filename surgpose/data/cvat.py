@@ -106,8 +106,8 @@ def write_cvat_tips(
 def _parse(path: Path) -> Element:
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected CVAT XML, there is no such file")
     try: root = defusedxml.ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
-    except ParseError as e: raise ValueError(f"{path}: expected CVAT XML, {e}") from None
     except DefusedXmlException as e: raise ValueError(f"{path}: XML with a DTD is refused ({e})") from None
+    except (ParseError, LookupError, ValueError) as e: raise ValueError(f"{path}: expected CVAT XML, {e}") from None
     if root.tag != "annotations" or root.findtext("version") != "1.1":
         raise ValueError(f"{path}: expected CVAT 1.1 annotations, got <{root.tag}> {root.findtext('version')}")
     return root

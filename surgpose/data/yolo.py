@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, ValidationError, model_validator
 from tqdm.auto import tqdm
 
 from .coco import annotations_by_image, check_image, new_coco, validate_coco
@@ -182,29 +183,52 @@ def _read_folders(root: Path, folders: Sequence[Path], categories: Sequence[int]
     return new_coco(images, annotations, dict(source=str(root)))
 
 # %% ../../nbs/11_yolo.ipynb #c031
+class _DataYaml(BaseModel):
+    path: str = ""
+    train: str | list[str] = []
+    val: str | list[str] = []
+    test: str | list[str] = []
+    names: list[str] | dict[int, str]
+    kpt_shape: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _ours(self) -> _DataYaml:
+        if self.kpt_shape == (len(KEYPOINTS), 3): return self
+        raise ValueError(f"expected kpt_shape {[len(KEYPOINTS), 3]}, got {list(self.kpt_shape)}")
+
+    @property
+    def categories(self) -> list[int]:
+        if isinstance(self.names, list): return [category_id(n) for n in self.names]
+        return [category_id(self.names[i]) for i in sorted(self.names)]
+
+# %% ../../nbs/11_yolo.ipynb #c032
+def _read_data_yaml(path: Path) -> _DataYaml:
+    if not path.is_file(): raise FileNotFoundError(f"{path}: expected a data.yaml, there is none")
+    try: return _DataYaml.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as e:
+        lines = [f"{'.'.join(map(str, row['loc'])) or 'file'}: {row['msg']}" for row in e.errors()]
+        raise ValueError(f"{path}: " + "; ".join(lines[:5])) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: expected YAML: {e}") from None
+
+# %% ../../nbs/11_yolo.ipynb #c033
 def read_yolo(
     data_yaml: Path | str,  # a YOLO-pose data.yaml; its class names must be in the schema, in any order
 ) -> dict[str, dict]:  # split -> dataset, file names relative to the folder of the images
     "Read a folder made for Ultralytics."
     path = Path(data_yaml).absolute()
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected a data.yaml, there is none")
-    try: facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ValueError(f"{path}: expected YAML: {e}") from None
-    names = facts.get("names") if isinstance(facts, dict) else None
-    if not isinstance(names, list | dict): raise ValueError(f"{path}: expected a mapping with `names`")
-    if facts.get("kpt_shape") != [len(KEYPOINTS), 3]:
-        raise ValueError(f"{path}: expected kpt_shape {[len(KEYPOINTS), 3]}, got {facts.get('kpt_shape')}")
-    if isinstance(names, dict): names = [n for _, n in sorted(names.items())]
-    categories, root, out = [category_id(str(n)) for n in names], Path(str(facts.get("path", path.parent))), {}
-    if not root.is_dir(): root = path.parent  # the folder was moved
-    for split in ("train", "val", "test"):
-        folders = facts.get(split) or []
-        if isinstance(folders, str): folders = [folders]
-        inside = [safe_join(root, str(f), f"{path} {split}") for f in folders]
-        if inside: out[split] = _read_folders(root.resolve(), inside, categories, len(KEYPOINTS))
+    facts, out = _read_data_yaml(path), {}
+    try:
+        root = Path(facts.path) if facts.path and Path(facts.path).is_dir() else path.parent  # it may have moved
+        for split in ("train", "val", "test"):
+            names = getattr(facts, split)
+            folders = [safe_join(root, f, split) for f in ([names] if isinstance(names, str) else names)]
+            if folders: out[split] = _read_folders(root.resolve(), folders, facts.categories, len(KEYPOINTS))
+    except FileNotFoundError as e: raise FileNotFoundError(f"{path}: {e}") from None
+    except (ValueError, RuntimeError, OSError) as e: raise ValueError(f"{path}: {str(e)[:300]}") from None
     return out
 
-# %% ../../nbs/11_yolo.ipynb #c035
+# %% ../../nbs/11_yolo.ipynb #c037
 def read_yolo_boxes(
     folder: Path | str,  # holds images/ and labels/; class 0 is a needle holder, 1 tweezers
 ) -> dict:  # dataset without keypoints, file names relative to `folder`
