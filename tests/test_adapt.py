@@ -1,4 +1,4 @@
-"""From predictions on video to an adapted network: nothing doubtful is learned, nothing is lost, nothing gets worse."""
+"""From predictions on video to an adapted network: nothing doubtful is learned, nothing is lost."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from surgpose.adapt import refine as refining
 from surgpose.adapt.benchmark import loop_oks_nms
 from surgpose.adapt.pseudo import (
+    FILTERS,
     Candidates,
     agreement,
     body_area,
@@ -64,17 +65,19 @@ def video(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pseudo(found, video, tmp_path_factory) -> Path:
-    return refining.pseudo_dataset(video, found, None, tmp_path_factory.mktemp("pseudo") / "set", progress=False)
+    out = tmp_path_factory.mktemp("pseudo") / "set"
+    return refining.pseudo_dataset(video, found, None, out, progress=False)
 
 
-# Single frames --------------------------------------------------------------------------------------------------------
+# Single frames ------------------------------------------------------------------------------------
 
 tools = st.builds(
     lambda x, y, angle, kind, score, conf: replace(
         place_tool((x, y), 120, angle, kind, score), keypoints=np.dstack([
             place_tool((x, y), 120, angle).keypoints[..., :2], np.array(conf)[None]])),
-    st.sampled_from([200, 201, 203, 210, 400]), st.sampled_from([200, 202, 300]), st.sampled_from([0, 1, 4, 90]),
-    st.sampled_from([1, 2]), st.floats(0.1, 0.99), st.lists(st.sampled_from([0.9, 0.9, 0.2]), min_size=5, max_size=5))
+    st.sampled_from([200, 201, 203, 210, 400]), st.sampled_from([200, 202, 300]),
+    st.sampled_from([0, 1, 4, 90]), st.sampled_from([1, 2]), st.floats(0.1, 0.99),
+    st.lists(st.sampled_from([0.9, 0.9, 0.2]), min_size=5, max_size=5))
 
 
 @settings(max_examples=80, deadline=None)
@@ -117,7 +120,7 @@ def test_no_guess_survives_cleaning(parts):
     assert (order_jaws(clean.keypoints[whole]) == clean.keypoints[whole]).all()
 
 
-# Tracks ---------------------------------------------------------------------------------------------------------------
+# Tracks -------------------------------------------------------------------------------------------
 
 frames = st.lists(st.lists(tools, max_size=4).map(join), min_size=1, max_size=6)
 
@@ -126,7 +129,8 @@ frames = st.lists(st.lists(tools, max_size=4).map(join), min_size=1, max_size=6)
 @given(frames, st.sampled_from([0.5, 3.0]))
 def test_tracks_are_one_to_one_and_do_not_know_the_resolution(parts, factor):
     clip = [(Frame("v", 640, 480, i), p) for i, p in enumerate(parts)]
-    larger = [(f, replace(p, xywh_px=p.xywh_px * factor, keypoints=p.keypoints * [factor, factor, 1])) for f, p in clip]
+    larger = [(f, replace(p, xywh_px=p.xywh_px * factor, keypoints=p.keypoints * [factor, factor, 1]))
+              for f, p in clip]
     ids = link(clip, TrackConfig())
     assert [len(i) for i in ids] == [len(p) for p in parts]
     assert all(len(set(i.tolist())) == len(i) for i in ids)
@@ -149,14 +153,14 @@ def test_a_known_line_comes_back_within_the_stated_deviation():
 
 def test_every_scripted_fault_is_found_where_it_is(found):
     for name, at in CLIP_FAULTS.items():
-        hit = {f // 2 for f, names in zip(found.table.frame, found.table.reasons, strict=True) if name in names}
-        assert hit == set(at), name
+        hit = found.table.frame[[name in names for names in found.table.reasons]] // 2
+        assert set(hit) == set(at), name
     assert [f // 2 for f, state in frame_states(found).items() if state == "doubtful"] == SPOILT
     clean = counts(judge(scripted_clip(faults=False, seed=4)))
     assert (clean["frames_kept"], clean["reasons"]) == (40, {})
 
 
-# A person's word ------------------------------------------------------------------------------------------------------
+# A person's word ----------------------------------------------------------------------------------
 
 
 def test_a_review_survives_its_window_and_its_process(found, video, tmp_path):
@@ -187,10 +191,13 @@ def test_a_model_never_overrules_a_person(found, tmp_path):
     assert not row.kept and "rejected" in row.reasons
 
 
+LINE = '{"video": "v", "frame": 1, "track": 0, "by": "person", "verdict": '
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ('{"video": 1}\n', "line 1: expected 'by'"),
-    ('{"video": "v", "frame": 1, "track": 0, "verdict": "yes", "by": "person"}\n', "line 1: expected a verdict"),
-    ('{"video": "v", "frame": 1, "track": 0, "verdict": "fix", "by": "person"}\n', "line 1: expected 15 numbers"),
+    (LINE + '"yes"}\n', "line 1: expected a verdict"),
+    (LINE + '"fix"}\n', "line 1: expected 15 numbers"),
     ("{}\nnot json\n", "line 2: expected JSON"),
 ])
 def test_a_broken_decisions_file_names_the_line(found, tmp_path, text, says):
@@ -201,7 +208,7 @@ def test_a_broken_decisions_file_names_the_line(found, tmp_path, text, says):
     assert path.read_text() == text
 
 
-# Learning from it -----------------------------------------------------------------------------------------------------
+# Learning from it ---------------------------------------------------------------------------------
 
 
 def test_a_frame_with_a_doubtful_tool_is_left_out_and_never_background(found, pseudo, video, tmp_path):
@@ -211,7 +218,8 @@ def test_a_frame_with_a_doubtful_tool_is_left_out_and_never_background(found, ps
     tools = [sum(a["image_id"] == im["id"] for a in coco["annotations"]) for im in coco["images"]]
     assert set(tools) == {2}
     assert all(a["area"] == pytest.approx(0.53 * a["bbox"][2] * a["bbox"][3]) for a in coco["annotations"])
-    nothing = refining.pseudo_dataset(video, judge([(Frame("v", 640, 360), Poses.empty())]), None, tmp_path / "none")
+    empty = judge([(Frame("v", 640, 360), Poses.empty())])
+    nothing = refining.pseudo_dataset(video, empty, None, tmp_path / "none")
     assert read_coco(nothing / "coco_annotations.json")["images"] == []
 
 
@@ -245,9 +253,9 @@ def test_the_mix_keeps_the_mirror_and_the_sigmas(pseudo, toy_dataset, tmp_path):
     facts = yaml.safe_load(data.read_text())
     assert (facts["flip_idx"], facts["kpt_oks_sigmas"]) == (list(FLIP_IDX), list(SIGMAS))
     assert refining.refine_recipe("t.pt", TrainConfig(), RefineConfig()).fliplr == 0.5
-    labels = {side: [p.read_text() for p in (data.parent / "labels" / side).glob("*.txt")] for side in ("train", "val")}
-    assert len(labels["train"]) == 31 + round(0.2 * 31) and len(labels["val"]) == 4
-    assert all(text.strip() for text in labels["train"])  # no picture without a tool
+    labels = [p.read_text() for p in (data.parent / "labels" / "train").glob("*.txt")]
+    assert len(labels) == 31 + round(0.2 * 31) and all(text.strip() for text in labels)  # none without a tool
+    assert len(list((data.parent / "labels" / "val").glob("*.txt"))) == 4
 
 
 def test_what_is_called_by_the_pipeline_really_filters(video, tmp_path, monkeypatch):
@@ -263,14 +271,14 @@ def test_what_is_called_by_the_pipeline_really_filters(video, tmp_path, monkeypa
     propose_labels(video, "none.pt", tmp_path, PseudoConfig(), TrackConfig())
     counted = read_json(tmp_path / "counts.json")
     assert counted["reasons"] == {name: len(at) for name, at in CLIP_FAULTS.items()}
-    assert [counted[k] for k in ("detections", "after_score", "after_keypoints", "after_nms", "after_temporal")] == [
-        80, 79, 78, 77, 73]
-    assert counted["frames_kept"] == len(read_coco(tmp_path / "dataset" / "coco_annotations.json")["images"]) == 31
+    assert [counted[name] for name in FILTERS] == [80, 79, 78, 77, 73]
+    written = read_coco(tmp_path / "dataset" / "coco_annotations.json")
+    assert counted["frames_kept"] == len(written["images"]) == 31
     assert len(read_candidates(tmp_path / "candidates.json").table) == 83
 
 
 def test_a_network_is_refined_and_judged(toy_dataset, tmp_path):
-    "The real line at 64 px: one epoch from random weights, gate included; whichever network stays, the files say why."
+    "The real line at 64 px: one epoch from random weights, gate included."
     from surgpose.pose.model import build_model, write_weights
 
     pictures = read_coco(toy_dataset / "coco_annotations.json")
@@ -284,11 +292,12 @@ def test_a_network_is_refined_and_judged(toy_dataset, tmp_path):
     yolo, _ = build_model("yolov8n-pose", None)
     write_weights(tmp_path / "teacher.pt", yolo.model, dict(imgsz=64))
     out = refining.refine(
-        tmp_path / "teacher.pt", toy_dataset, labels, tmp_path / "refined", TrainConfig(imgsz=64, batch=4, workers=0),
-        RefineConfig(epochs=1, synthetic_per_pseudo=1), evaluate_cfg=EvaluateConfig(bootstrap=0), device="cpu",
-        progress=False)
+        tmp_path / "teacher.pt", toy_dataset, labels, tmp_path / "refined",
+        TrainConfig(imgsz=64, batch=4, workers=0), RefineConfig(epochs=1, synthetic_per_pseudo=1),
+        evaluate_cfg=EvaluateConfig(bootstrap=0), device="cpu", progress=False)
     facts = read_json(out / "refine.json")
-    assert facts["mix"] == dict(pseudo_frames=4, pseudo_labels=4, synthetic_available=12, synthetic_used=4, validation=4)
+    assert facts["mix"] == dict(
+        pseudo_frames=4, pseudo_labels=4, synthetic_available=12, synthetic_used=4, validation=4)
     assert facts["kept"] == "refined" and facts["gate"][0]["passed"], facts["reason"]  # 0 -> 0 is no fall
     assert refining.kept_weights(out) == out / "weights" / "best.pt" and (out / "metrics.json").is_file()
 

@@ -137,10 +137,11 @@ def fig_benchmark(
     fig, ax = new_figure(height_in=0.6 + 0.45 * len(table))
     at, low, high = np.arange(len(table)), table.ratio - table.ratio_low, table.ratio_high - table.ratio
     whiskers = dict(ecolor="#333333", capsize=3)
-    ax.barh(at, table.ratio, xerr=[low.clip(0), high.clip(0)], color=CYCLE[0], error_kw=whiskers)
+    ax.barh(at, table.ratio - 1, left=1, xerr=[low.clip(0), high.clip(0)], color=CYCLE[0], error_kw=whiskers)
     ax.axvline(1, color="#333333", lw=1)
     ax.set_yticks(at, [f"{w}, n = {n:,}" for w, n in zip(table.what, table.n, strict=True)])
     ax.set(xlabel="times faster (plain seconds / ours), log scale", xscale="log")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.invert_yaxis(); ax.grid(axis="y", visible=False)
     return fig
 
