@@ -5,15 +5,18 @@
 # %% ../../nbs/41_track.ipynb #c002
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
+from tqdm.auto import tqdm
 
 from .pseudo import Candidates, agreement, body_area, make_table, poses_of
 from ..config import TrackConfig
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
 __all__ = ['affinity', 'assign', 'sample_step', 'link', 'smooth_track', 'vote_class', 'find_jumps', 'judge_track', 'find_gaps',
            'fill_gaps', 'follow', 'track_table', 'fig_tracks']
 
-# %% ../../nbs/41_track.ipynb #c005
+# %% ../../nbs/41_track.ipynb #c003
+_bar = partial(tqdm, file=sys.stderr, dynamic_ncols=True, delay=2)  # silent when it is quick
+
+# %% ../../nbs/41_track.ipynb #c006
 def affinity(
     pose: Poses,  # a single one
     others: Poses,  # N, of a later frame
@@ -40,14 +46,14 @@ def affinity(
     alike = agreement(pose.keypoints[0], others.keypoints, area)
     return (iou + alike) * ((iou >= cfg.match_iou) | (alike >= cfg.match_oks))
 
-# %% ../../nbs/41_track.ipynb #c008
+# %% ../../nbs/41_track.ipynb #c009
 def assign(
     gain: np.ndarray,  # (N, M) >= 0; 0 means not allowed
 ) -> list[tuple[int, int]]:  # pairs of row and column, none twice
     "Match rows to columns one to one, with the largest sum of gains."
     return [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-gain), strict=True) if gain[i, j] > 0]
 
-# %% ../../nbs/41_track.ipynb #c012
+# %% ../../nbs/41_track.ipynb #c013
 def sample_step(
     frames: Sequence[Frame],
 ) -> int:  # video frames from one sample to the next
@@ -55,16 +61,18 @@ def sample_step(
     gaps = np.diff([f.index for f in frames])
     return int(max(1, np.median(gaps))) if len(gaps) else 1
 
-# %% ../../nbs/41_track.ipynb #c014
+# %% ../../nbs/41_track.ipynb #c015
 def link(
     frames: Sequence[tuple[Frame, Poses]],  # in order of time
     cfg: TrackConfig,
+    *,
+    progress: bool = False,
 ) -> list[np.ndarray]:  # per frame (N,) the track of each pose, numbered from 0
     "Link poses to tracks; within a frame no track occurs twice."
     step = sample_step([f for f, _ in frames])
     alive: dict[int, tuple[int, Poses]] = {}  # track -> where it was last, and how
     tracks, fresh = [], count()
-    for frame, poses in frames:
+    for frame, poses in _bar(frames, "link", unit="frame", disable=not progress):
         alive = {t: (at, p) for t, (at, p) in alive.items() if (frame.index - at) / step - 1 <= cfg.max_gap}
         known = list(alive)
         ids = np.full(len(poses), -1)
@@ -75,7 +83,7 @@ def link(
         tracks.append(ids)
     return tracks
 
-# %% ../../nbs/41_track.ipynb #c021
+# %% ../../nbs/41_track.ipynb #c022
 def smooth_track(
     steps: np.ndarray,  # (N,) whole sample numbers, ascending
     values: np.ndarray,  # (N, D) measurements, NaN where missing
@@ -89,7 +97,7 @@ def smooth_track(
     for d in np.flatnonzero(np.isfinite(grid).any(0)): mean[:, d], std[:, d] = _smooth(grid[:, d])
     return mean[np.asarray(at) - first], std[np.asarray(at) - first]
 
-# %% ../../nbs/41_track.ipynb #c022
+# %% ../../nbs/41_track.ipynb #c023
 def _smooth(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from statsmodels.tsa.statespace.structural import UnobservedComponents
     shift = np.nanmean(series)
@@ -101,7 +109,7 @@ def _smooth(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = model.smooth(np.maximum(params, [0.05, 1e-4, 1e-6]))  # px^2; no measurement is exact
     return found.smoothed_state[0] + shift, np.sqrt(np.maximum(found.smoothed_state_cov[0, 0], 0))
 
-# %% ../../nbs/41_track.ipynb #c027
+# %% ../../nbs/41_track.ipynb #c028
 def vote_class(
     category_id: np.ndarray,  # (T,) along the track
     score: np.ndarray,  # (T,) weights
@@ -112,7 +120,7 @@ def vote_class(
     winner = int(votes.argmax())
     return winner, (category_id != winner) | (votes[winner] < share * votes.sum())
 
-# %% ../../nbs/41_track.ipynb #c030
+# %% ../../nbs/41_track.ipynb #c031
 def find_jumps(
     steps: np.ndarray,  # (T,) sample numbers, ascending
     kpts: np.ndarray,  # (T, 5, 3) x, y in px, and 0 for a point without label
@@ -131,7 +139,7 @@ def find_jumps(
     off[calm[torn]] = off[calm[torn + 1]] = True
     return off
 
-# %% ../../nbs/41_track.ipynb #c034
+# %% ../../nbs/41_track.ipynb #c035
 def judge_track(
     rows: pd.DataFrame,  # of one track, in order of time
     cfg: TrackConfig,
@@ -146,7 +154,7 @@ def judge_track(
                for names, f, j in zip(rows.reasons, flickers, jumps, strict=True)]
     return rows.assign(category_id=winner, reasons=reasons, kept=[not names for names in reasons])
 
-# %% ../../nbs/41_track.ipynb #c037
+# %% ../../nbs/41_track.ipynb #c038
 def find_gaps(
     rows: pd.DataFrame,  # of one trusted track
     frames: Sequence[Frame],  # all samples
@@ -162,13 +170,13 @@ def find_gaps(
         missing += [f for f in beyond if _inside(end, f) and tools.get(f.index, 0) < tools[end.frame]]
     return missing
 
-# %% ../../nbs/41_track.ipynb #c038
+# %% ../../nbs/41_track.ipynb #c039
 def _inside(row: pd.Series, frame: Frame) -> bool:
     rim = 0.02 * max(frame.width, frame.height)
     right, bottom = frame.width - row.x - row.w, frame.height - row.y - row.h
     return min(row.x, row.y, right, bottom) > rim
 
-# %% ../../nbs/41_track.ipynb #c039
+# %% ../../nbs/41_track.ipynb #c040
 def fill_gaps(
     rows: pd.DataFrame,  # of one trusted track
     missing: Sequence[Frame],
@@ -191,25 +199,29 @@ def fill_gaps(
                  **dict(zip("xywh", box.round(2).tolist(), strict=True)))
             for f, k, box in zip(missing, flat, boxes, strict=True)]
 
-# %% ../../nbs/41_track.ipynb #c040
+# %% ../../nbs/41_track.ipynb #c041
 def follow(
     found: Candidates,  # as `candidates` leaves them
     cfg: TrackConfig,
+    *,
+    progress: bool = True,  # show bars; only what takes over 2 s does
 ) -> Candidates:  # with tracks, voted classes, all doubts, and a row for each gap
     "Link candidates over time and let the tracks judge them."
     single = ~found.table.reasons.map(lambda names: "duplicate" in names).astype(bool)
     table, step = found.table[single].copy(), sample_step(found.frames)
     groups = dict(list(table.groupby("frame")))
-    linked = link([(f, poses_of(groups.get(f.index, table[:0]))) for f in found.frames], cfg)
+    seen = [(f, poses_of(groups.get(f.index, table[:0]))) for f in found.frames]
+    linked = link(seen, cfg, progress=progress)
     table["track"] = np.concatenate([np.zeros(0, int), *linked])
     tracks = [judge_track(rows, cfg, step) for _, rows in table.groupby("track")]
     tools = table.frame.value_counts().to_dict()
-    gaps = [row for rows in tracks if not any("short_track" in names for names in rows.reasons)
+    trusted = [rows for rows in tracks if "short_track" not in rows.reasons.iloc[0]]
+    gaps = [row for rows in _bar(trusted, "smooth", unit="track", disable=not progress)
             for row in fill_gaps(rows, find_gaps(rows, found.frames, tools, cfg), step)]
     rows = [row for part in (found.table[~single], *tracks) for row in part.to_dict("records")]
     return replace(found, table=make_table(rows + gaps))
 
-# %% ../../nbs/41_track.ipynb #c048
+# %% ../../nbs/41_track.ipynb #c049
 def track_table(
     found: Candidates,
 ) -> pd.DataFrame:  # one row per track, the longest first
@@ -223,7 +235,7 @@ def track_table(
     rows = [total(t, g) for t, g in found.table[found.table.track >= 0].groupby("track")]
     return pd.DataFrame(rows, columns=columns).sort_values("detections", ascending=False, ignore_index=True)
 
-# %% ../../nbs/41_track.ipynb #c051
+# %% ../../nbs/41_track.ipynb #c052
 def fig_tracks(
     found: Candidates,
 ) -> Figure:
