@@ -158,6 +158,7 @@ def train(
     cfg, out, started = cfg or TrainConfig(), Path(out), time.monotonic()
     device, weights, splits = resolve_device(device), find_weights(cfg.weights_init, cfg.model), load_splits(data)
     facts = run_facts(cfg, seed, splits, weights)
+    if weights: read_weights(weights)  # a file that is none is refused before the folder is made
     with lock_folder(out):
         _claim_folder(out, facts)
         if (out / "provenance.json").is_file(): return out
