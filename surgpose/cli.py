@@ -73,7 +73,7 @@ def _fail(name: str, error: BaseException, code: int, debug: bool) -> int:
     if debug:
         import traceback
         traceback.print_exception(error, file=sys.stderr)
-    else: print(f"surgpose {name}: {error}".rstrip(), file=sys.stderr)
+    else: print(f"surgpose {name}: {' '.join(str(error).split()) if code == 2 else error}".rstrip(), file=sys.stderr)
     return code
 
 # %% ../nbs/92_cli.ipynb #c014

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +138,11 @@ CHECKS: tuple[tuple[str, bool, Callable[[], Finding]], ...] = (  # name, essenti
 
 # %% ../nbs/93_doctor.ipynb #c028
 def examine(
-    checks: tuple[tuple[str, bool, Callable[[], Finding]], ...] = CHECKS,
+    checks: Sequence[tuple[str, bool, Callable[[], Finding]]] | None = None,  # `CHECKS` when absent
 ) -> tuple[bool, str]:  # is everything essential there; and a table to print
     "Make all checks; one that breaks is a finding, too."
     lines, well = [], True
-    for name, essential, check in checks:
+    for name, essential, check in checks or CHECKS:
         try: found = check()
         except (OSError, RuntimeError, subprocess.SubprocessError) as e: found = Finding(False, str(e))
         state = "ok" if found.ok else "MISSING" if essential else "absent"

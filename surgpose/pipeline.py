@@ -100,11 +100,11 @@ def predict_phase(job: Job) -> dict[str, Any]:  # headline numbers
 def propose_labels(
     video: Path,
     weights: Path | None,  # checkpoint of the teacher; the one in data/weights when absent
-    out: Path,  # folder for predictions_all.json, candidates.json, counts.json and dataset/
+    out: Path,  # folder for all/, candidates.json, counts.json and dataset/
     pseudo: PseudoConfig,
     track: TrackConfig,
     *,
-    imgsz: int | None = None,  # px; the training size when absent
+    base: PredictConfig | None = None,  # image size and NMS of the detector; scores and stride are those of `pseudo`
     device: str = "auto",
 ) -> dict:  # the counts
     "Predict a video, judge every pose, and collect the frames that may be trained on."
@@ -113,7 +113,7 @@ def propose_labels(
     from surgpose.adapt.review import apply_decisions
     from surgpose.adapt.track import follow
     from surgpose.pose.predict import predict, read_predictions
-    wide = PredictConfig(imgsz=imgsz, conf=pseudo.doubt_conf, stride=pseudo.stride, overlay=False)
+    wide = (base or PredictConfig()).model_copy(update=dict(conf=pseudo.doubt_conf, stride=pseudo.stride, overlay=False))
     predict(video, out / "all", wide, weights=weights, device=device)
     found = follow(candidates(read_predictions(out / "all"), pseudo), track)
     write_candidates(out / "candidates.json", found)
@@ -126,7 +126,7 @@ def propose_labels(
 def pseudo_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Propose labels on the video."
     found = propose_labels(job.video, best_weights(job.out / "teacher"), job.out / "pseudo", job.cfg.pseudo,
-                           job.cfg.track, imgsz=job.cfg.predict.imgsz, device=job.cfg.device)
+                           job.cfg.track, base=job.cfg.predict, device=job.cfg.device)
     return {"frames": found["frames"], "frames kept": found["frames_kept"], "labels": found["labels"]}
 
 # %% ../nbs/90_pipeline.ipynb #c018

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['HEADLINE', 'TYPES', 'Run', 'open_run', 'headline', 'verdict', 'provenance', 'Parameter', 'read_parameters',
-           'parse_parameters', 'report_names', 'run_report']
+           'parse_parameters', 'report_names', 'check_parameters', 'run_report']
 
 # %% ../nbs/91_report.ipynb #c005
 @dataclass(frozen=True)
@@ -188,6 +188,15 @@ def _find_report(name: str, folder: Path | None) -> Path:
     raise ValueError(f"report: expected one of {', '.join(names) or 'none'}, got {name!r}{hint}")
 
 # %% ../nbs/91_report.ipynb #c034
+def check_parameters(
+    name: str,  # like 10_render
+    given: dict[str, Any],  # name -> value or its text
+    folder: Path | None = None,  # where the report notebooks are; nbs/reports when absent
+) -> dict[str, Any]:  # only what was given, with the declared types
+    "Say what is wrong with a report's name or parameters before anything runs."
+    return parse_parameters(read_parameters(_find_report(name, folder)), given, name)
+
+# %% ../nbs/91_report.ipynb #c035
 def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
     import papermill
     from traitlets.config import Config
@@ -199,25 +208,25 @@ def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
     except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel and a timeout are no error of papermill's
     return ""
 
-# %% ../nbs/91_report.ipynb #c035
+# %% ../nbs/91_report.ipynb #c036
 def _executed(target: Path, source: Path) -> nbformat.NotebookNode:
     import nbformat
     nb = nbformat.read(target if target.is_file() else source, 4)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     return nb
 
-# %% ../nbs/91_report.ipynb #c036
+# %% ../nbs/91_report.ipynb #c037
 def _headline_of(nb: nbformat.NotebookNode) -> dict:
     found = (o["data"][HEADLINE] for c in nb.cells for o in c.get("outputs", []) if HEADLINE in o.get("data", {}))
     first = next(found, dict(question="", verdict="", numbers=[]))
     return {**first, "numbers": dict(first["numbers"])}
 
-# %% ../nbs/91_report.ipynb #c037
+# %% ../nbs/91_report.ipynb #c038
 def _title_of(nb: nbformat.NotebookNode, name: str) -> str:
     lines = [line for c in nb.cells if c.cell_type == "markdown" for line in c.source.splitlines()]
     return next((line[2:].strip() for line in lines if line.startswith("# ")), name)
 
-# %% ../nbs/91_report.ipynb #c038
+# %% ../nbs/91_report.ipynb #c039
 def run_report(
     name: str,  # like 10_render
     out: Path | str,  # folder for NAME.ipynb, NAME.html and NAME.json
@@ -232,7 +241,7 @@ def run_report(
     declared = read_parameters(source)
     given = {**(dict(embed_frames=embed_frames) if "embed_frames" in declared else {}), **(parameters or {})}
     if given.get("run_dir"): given["run_dir"] = str(Path(given["run_dir"]).resolve())
-    values = parse_parameters(declared, given, name)
+    values = check_parameters(name, given, folder)
     book, page, stamp = (out / f"{name}.{kind}" for kind in ("ipynb", "html", "json"))
     for old in (book, page, stamp): old.unlink(missing_ok=True)
     facts = dict(name=name, status="running", error="", parameters=values, notebook_sha256=sha256_file(source),
@@ -247,7 +256,7 @@ def run_report(
     write_json(stamp, facts)
     return page
 
-# %% ../nbs/91_report.ipynb #c039
+# %% ../nbs/91_report.ipynb #c040
 def _page_facts(facts: dict, declared: dict[str, Parameter]) -> dict[str, str]:
     used = {n: facts["parameters"].get(n, p.default) for n, p in declared.items()}
     shown = ", ".join(f"{n} = {Path(v).name if n == 'run_dir' and v else v!r}" for n, v in used.items())

@@ -216,8 +216,9 @@ class Report(Verb):
 
     def run(self) -> Path:
         from surgpose.files import read_json
-        from surgpose.report import run_report
+        from surgpose.report import check_parameters, run_report
         given = dict(_pair(text) for text in self.set)
+        as_usage(lambda: check_parameters(self.name, given))
         page = run_report(self.name, self.place(self.out, "single"), given, timeout_s=self.timeout_s)
         stamp = read_json(page.with_suffix(".json"))
         if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
@@ -251,8 +252,9 @@ class Run(Verb):
         return override(from_environment(base), [*(f"{k}={v!r}" for k, v in extra.items()), *self.set])
 
     def run(self) -> Path:
-        from surgpose.pipeline import run
+        from surgpose.pipeline import PHASES, run, select_phases
         cfg = as_usage(self.configure)
+        as_usage(lambda: select_phases(PHASES, self.only, self.start))
         video = self.video or next(iter(videos_from_environment()), None)
         out = self.place(self.out, cfg.profile)
         ok = run(cfg, out, video=video, truth=self.truth, weights_init=self.weights_init, only=self.only, start=self.start,

@@ -44,3 +44,16 @@ def draw_toys(folder: Path, n: int = 16, size: int = 128, seed: int = 0) -> Path
 def toy_dataset(tmp_path_factory) -> Path:
     "A dataset folder of 16 pictures of 128 px: 12 to train on, 4 for validation."
     return draw_toys(tmp_path_factory.mktemp("toy") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def trained_toy(tmp_path_factory) -> Path:
+    "A checkpoint that predict and evaluate accept; it has learned nothing."
+    import warnings
+
+    from surgpose.pose.model import build_model, write_weights
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yolo, _ = build_model()
+    return write_weights(tmp_path_factory.mktemp("weights") / "toy.pt", yolo.model, dict(imgsz=96))

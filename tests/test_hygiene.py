@@ -1,4 +1,4 @@
-"""The manners of the repository: notebooks and package in step, small functions, floors respected, nothing left over."""
+"""Manners: notebooks and package in step, small functions, floors respected, nothing left over."""
 
 from __future__ import annotations
 
@@ -37,14 +37,18 @@ def is_exported(cell: nbformat.NotebookNode) -> bool:
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
-    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def length(node: ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1
 
 
-# Notebooks ------------------------------------------------------------------------------------------------------------
+# Notebooks
 
 
 def test_there_is_something_to_check():
@@ -53,10 +57,28 @@ def test_there_is_something_to_check():
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     "Exporting and cleaning a copy changes nothing."
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "nbs", "surgpose", "settings.ini", "setup.py",
-                              "pyproject.toml", "README.md"], cwd=ROOT, capture_output=True, text=True)
-    names = tracked.stdout.splitlines() if tracked.returncode == 0 else [
-        name_of(p) for d in ("nbs", "surgpose") for p in (ROOT / d).rglob("*.*")] + ["settings.ini"]
+    tracked = subprocess.run(
+        [
+            "git",
+            "ls-files",
+            "-co",
+            "--exclude-standard",
+            "nbs",
+            "surgpose",
+            "settings.ini",
+            "setup.py",
+            "pyproject.toml",
+            "README.md",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    names = (
+        tracked.stdout.splitlines()
+        if tracked.returncode == 0
+        else [name_of(p) for d in ("nbs", "surgpose") for p in (ROOT / d).rglob("*.*")] + ["settings.ini"]
+    )
     for name in names:
         if "__pycache__" in name or not (ROOT / name).is_file():
             continue
@@ -64,10 +86,17 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         shutil.copyfile(ROOT / name, tmp_path / name)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for tool in ("nbdev_export", "nbdev_clean"):
-        done = subprocess.run([Path(sys.executable).with_name(tool)], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [Path(sys.executable).with_name(tool)], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-    differ = [name for name in names if name.startswith(("nbs/", "surgpose/")) and (ROOT / name).is_file()
-              and (ROOT / name).read_bytes() != (tmp_path / name).read_bytes()]
+    differ = [
+        name
+        for name in names
+        if name.startswith(("nbs/", "surgpose/"))
+        and (ROOT / name).is_file()
+        and (ROOT / name).read_bytes() != (tmp_path / name).read_bytes()
+    ]
     made = [p.relative_to(tmp_path).as_posix() for p in (tmp_path / "surgpose").rglob("*.py")]
     assert not differ, f"notebooks and package differ: {differ}; run `make prep` and commit"
     assert set(made) <= set(names), f"exported, but not in the package: {set(made) - set(names)}"
@@ -90,7 +119,9 @@ def test_library_notebook_opens_by_the_ritual_and_says_before_it_defines(path):
     assert re.match(r"# [\w.]+\n\n> \S.*", nb.cells[0].source), "title and one sentence"
     assert nb.cells[1].source.startswith("#| default_exp "), "where it goes"
     assert len([c for c in nb.cells if c.cell_type == "markdown"]) >= max(2, len(nb.cells) / 8), "prose"
-    lines = sum(bool(line.strip()) for c in cells(path) if is_exported(c) for line in c.source.splitlines()[1:])
+    lines = sum(
+        bool(line.strip()) for c in cells(path) if is_exported(c) for line in c.source.splitlines()[1:]
+    )
     assert lines <= 250, f"{lines} exported lines"
 
 
@@ -102,7 +133,7 @@ def test_every_module_comes_from_a_notebook():
     assert {name_of(p) for p in MODULES} == made
 
 
-# Functions ------------------------------------------------------------------------------------------------------------
+# Functions
 
 
 def test_functions_are_short():
@@ -115,15 +146,22 @@ def test_functions_are_short():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_functions_are_typed_and_say_what_they_do(path):
-    public = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"]
+    public = [
+        n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"
+    ]
     for f in public:
-        args = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs, *filter(None, (f.args.vararg, f.args.kwarg))]
+        args = [
+            *f.args.posonlyargs,
+            *f.args.args,
+            *f.args.kwonlyargs,
+            *filter(None, (f.args.vararg, f.args.kwarg)),
+        ]
         untyped = [a.arg for a in args if a.annotation is None]
         assert not untyped and f.returns is not None, f"{f.name}: {untyped or 'return'} without a type"
         assert ast.get_docstring(f), f"{f.name}: no docstring"
 
 
-# Left over ------------------------------------------------------------------------------------------------------------
+# Left over
 
 FORBIDDEN = {
     "star import": re.compile(r"^\s*from\s+\S+\s+import\s+\*", re.M),
@@ -155,7 +193,7 @@ def test_exported_cells_use_no_test_library():
         assert not imported & {"fastcore", "nbdev", "execnb", "pytest", "IPython.core"}, path
 
 
-# Floors ---------------------------------------------------------------------------------------------------------------
+# Floors
 
 
 def floor(module: tuple[str, ...]) -> int:
@@ -181,7 +219,9 @@ def imports(source: str, package: tuple[str, ...]) -> list[tuple[str, tuple[str,
 def climbs(source: str, module: tuple[str, ...]) -> list[str]:
     "Imports of floors above the module's own."
     inner = {inside for first, inside in imports(source, module[:-1]) if first == "surgpose" and inside}
-    return sorted(".".join(i) for i in inner if i[0] not in ("__version__", "_modidx") and floor(i) > floor(module))
+    return sorted(
+        ".".join(i) for i in inner if i[0] not in ("__version__", "_modidx") and floor(i) > floor(module)
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -190,20 +230,31 @@ def test_module_imports_its_own_floor_and_lower_ones_only(path):
     assert climbs(path.read_text(), module) == []
 
 
-@pytest.mark.parametrize(("module", "source", "found"), [
-    (("data", "coco"), "from surgpose.synth.tools import Tool", ["synth.tools"]),  # said in full
-    (("data", "coco"), "from ..pose.model import load_model", ["pose.model"]),  # relative
-    (("schema",), "from .data import coco", ["data"]),  # from the top folder
-    (("pose", "train"), "def f():\n    import surgpose.adapt.track", ["adapt.track"]),  # inside a function
-    (("adapt", "refine"), "from ..report import run_report", ["report"]),
-    (("pose", "train"), "from ..data.coco import read_coco\nfrom .model import x\nimport torch", []),  # downstairs is fine
-    (("pipeline",), "from surgpose.adapt.refine import refine\nfrom .report import run_report", []),
-])
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        (("data", "coco"), "from surgpose.synth.tools import Tool", ["synth.tools"]),  # said in full
+        (("data", "coco"), "from ..pose.model import load_model", ["pose.model"]),  # relative
+        (("schema",), "from .data import coco", ["data"]),  # from the top folder
+        (
+            ("pose", "train"),
+            "def f():\n    import surgpose.adapt.track",
+            ["adapt.track"],
+        ),  # inside a function
+        (("adapt", "refine"), "from ..report import run_report", ["report"]),
+        (
+            ("pose", "train"),
+            "from ..data.coco import read_coco\nfrom .model import x\nimport torch",
+            [],
+        ),  # downstairs is fine
+        (("pipeline",), "from surgpose.adapt.refine import refine\nfrom .report import run_report", []),
+    ],
+)
 def test_the_floor_check_finds_a_module_that_climbs(module, source, found):
     assert climbs(source, module) == found
 
 
-# Reports and settings -------------------------------------------------------------------------------------------------
+# Reports and settings
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=name_of)

@@ -1,0 +1,189 @@
+"""Reports: typed parameters, four ways to end, and pages that stand alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from pathlib import Path
+
+import cv2
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from surgpose.files import read_json, write_json
+from surgpose.report import open_run, read_parameters, run_report, write_index
+
+PARAMETERS = """run_dir: str = ""  # folder of a run
+limit: int = 3  # pictures
+fast: bool = True  # skip the slow part"""
+
+
+def make_report(folder: Path, *cells: str, name: str = "demo", parameters: str = PARAMETERS) -> Path:
+    "Write a report notebook into a folder of reports."
+    nb = new_notebook(
+        cells=[
+            new_markdown_cell("# Demo\n\n> Does it run?"),
+            new_code_cell(parameters, metadata=dict(tags=["parameters"])),
+            *map(new_code_cell, cells),
+        ]
+    )
+    nb.metadata.kernelspec = dict(name="python3", display_name="python3", language="python")
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, folder / f"{name}.ipynb")
+    return folder
+
+
+def report(
+    tmp_path: Path, *cells: str, given: dict | None = None, timeout_s: float = 60, **kw
+) -> tuple[str, dict]:
+    "Make a report, run it, and return its page and its stamp."
+    folder = make_report(tmp_path / "nbs", *cells, **kw)
+    page = run_report("demo", tmp_path / "out", given, folder=folder, timeout_s=timeout_s)
+    assert {p.name for p in page.parent.iterdir()} == {"demo.html", "demo.ipynb", "demo.json"}
+    return page.read_text(), read_json(page.with_suffix(".json"))
+
+
+def outside(page: str) -> list[str]:
+    "What a page would load or lead to, other than itself and the index."
+    return re.findall(r"""<[a-z][^<>]*?\s(?:src|href)\s*=\s*["']?(?!data:|#|index\.html)([^"'> ]+)""", page)
+
+
+def test_values_become_what_the_report_declares(tmp_path):
+    code = "print(type(limit).__name__, limit, type(fast).__name__, fast)"
+    page, stamp = report(tmp_path, code, given=dict(limit="12", fast="false"))
+    assert "int 12 bool False" in page and stamp["parameters"] == dict(limit=12, fast=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (dict(limti=3), "did you mean 'limit'"),  # unknown
+        (dict(limit="many"), "expected int, got 'many'"),  # of another type
+        (dict(fast="perhaps"), "expected bool"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_runs(tmp_path, given, told):
+    folder = make_report(tmp_path / "nbs", "print('hello')")
+    with pytest.raises(ValueError, match=told):
+        run_report("demo", tmp_path / "out", given, folder=folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ("limit = 3", "name: type = default"),
+        ("limit: dict = {}", "limit: dict"),
+        ("import os", "name: type = default"),
+    ],
+)
+def test_a_parameters_cell_holds_typed_lines_only(tmp_path, parameters, told):
+    folder = make_report(tmp_path, parameters=parameters)
+    with pytest.raises(ValueError, match=told):
+        read_parameters(folder / "demo.ipynb")
+
+
+def test_the_working_folder_is_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "myrun").mkdir()
+    code = "from pathlib import Path; print(Path('settings.ini').is_file(), Path(run_dir).is_dir())"
+    page, _ = report(tmp_path, code, given=dict(run_dir="myrun"))
+    assert "True True" in page, "run_dir is relative to where the caller stands"
+
+
+@pytest.mark.parametrize(
+    ("cell", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import os; os._exit(3)", "DeadKernelError"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "DeadKernelError"),
+        ("import time; time.sleep(60)", "CellTimeoutError"),
+        ("raise SystemExit(1)", "SystemExit"),
+    ],
+)
+def test_a_report_that_breaks_leaves_a_page_that_says_so(tmp_path, cell, error):
+    page, stamp = report(tmp_path, "print('so far so good')", cell, "print('never')", timeout_s=3)
+    assert stamp["status"] == "failed" and error in stamp["error"] and stamp["ended"]
+    assert "This report failed" in page and "so far so good" in page and error.split(":")[0] in page
+    assert cell.split(";")[-1].strip()[:9] in re.sub("<[^>]+>", "", page), (
+        "inputs are shown to whoever has to mend it"
+    )
+    assert outside(page) == []
+
+
+def test_a_report_that_succeeds_again_forgets_its_failure(tmp_path):
+    assert report(tmp_path, "1 / 0")[1]["status"] == "failed"
+    page, stamp = report(tmp_path, "print('well')")
+    assert stamp["status"] == "ok" and not stamp["error"] and "This report failed" not in page
+
+
+def test_pages_stand_alone(tmp_path):
+    dot = base64.b64encode(cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1]).decode()
+    page, _ = report(
+        tmp_path,
+        "from IPython.display import HTML, Image, Javascript, display; display(Javascript('steal()'))",
+        f"import base64; display(Image(base64.b64decode('{dot}'), alt='a dot'))",
+        "display(HTML('<b>bold</b><script src=\"https://evil.example/x.js\"></script>'))",
+        "import ipywidgets; display(ipywidgets.Button(description='press'))",
+        "from surgpose.report import headline",
+        "headline({'<img src=x>': '<script>'}, question='Q & A?', verdict='<i>yes</i>')",
+        "secret = 'hidden input'",
+    )
+    assert 'alt="a dot"' in page and "data:image/png;base64" in page
+    assert (
+        outside(page) == [] and "<script" not in page and "steal" not in page and "hidden input" not in page
+    )
+    assert "&lt;script&gt;" in page and "Q &amp; A?" in page and "<i>yes" not in page, "texts are escaped"
+    assert "Content-Security-Policy" in page and "default-src 'none'" in html.unescape(page)
+    assert "widget-view" not in page and "widget-state" not in page
+
+
+def test_frames_of_patients_stay_out_unless_asked_for(tmp_path):
+    parameters = PARAMETERS + "\nembed_frames: bool = True  # show frames of the video"
+    folder = make_report(
+        tmp_path / "nbs", "print('frames' if embed_frames else 'no frames')", parameters=parameters
+    )
+    for wanted, said in ((True, "<pre>frames"), (False, "<pre>no frames")):
+        assert said in run_report("demo", tmp_path / "out", folder=folder, embed_frames=wanted).read_text()
+
+
+def test_the_stamp_tells_what_made_the_page(tmp_path):
+    _, stamp = report(
+        tmp_path, "from surgpose.report import headline; headline({'b': 1, 'a': 0.25}, verdict='Fine.')"
+    )
+    assert stamp["status"] == "ok" and stamp["verdict"] == "Fine." and stamp["title"] == "Demo"
+    assert list(stamp["numbers"].items()) == [("b", "1"), ("a", "0.25")], "in the order they were given"
+    assert len(stamp["notebook_sha256"]) == 64 and stamp["versions"]["numpy"] and stamp["seconds"] > 0
+    assert (
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", stamp["started"])
+        and stamp["started"] <= stamp["ended"]
+    )
+
+
+def test_the_index_escapes_and_links(tmp_path):
+    out = tmp_path / "a & <b>"
+    phases = dict(
+        render=dict(status="ok", seconds=3.0, numbers={"images": 4}),
+        train=dict(status="running"),
+        predict=dict(status="blocked", error="<script>train</script> did not finish"),
+    )
+    write_json(out / "run.json", dict(profile="demo", video="/secret/place/<v>.mp4", phases=phases))
+    page = write_index(out).read_text()
+    assert "a &amp; &lt;b&gt;" in page and "<script" not in page and "/secret/place" not in page
+    assert "1 of 3 phases finished" in page and "did not finish" in page
+    assert outside(page) == ["run.json"]
+
+
+def test_open_run_finds_the_pieces(tmp_path):
+    (tmp_path / "synthetic").mkdir()
+    write_json(tmp_path / "run.json", dict(video=str(tmp_path / "v.mp4"), truth=None))
+    run = open_run(tmp_path)
+    assert (
+        run.has("synthetic") and not run.has("pseudo") and not run.has("truth") and run.video.name == "v.mp4"
+    )
+    with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
+        open_run(tmp_path / "none")
