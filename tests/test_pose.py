@@ -88,8 +88,8 @@ def test_a_killed_training_goes_on_where_it_was(run, toy_dataset, tmp_path):
     argv = [sys.executable, "-W", "ignore", "-c", KILLED, str(toy_dataset), str(out), TINY.model_dump_json()]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == -9, done.stderr
-    assert not (out / "provenance.json").exists() and (out / "training" / "weights" / "last.pt").is_file()
-    (out / "training" / "weights" / "last.tmp").write_bytes(b"half a checkpoint")
+    assert not (out / "provenance.json").exists() and (out / "training" / "run" / "weights" / "last.pt").is_file()
+    (out / "training" / "run" / "weights" / "last.tmp").write_bytes(b"half a checkpoint")
     train(toy_dataset, out, TINY, device="cpu", progress=False)
     assert read_json(out / "provenance.json")["resumed_after_epochs"] == 1
     assert losses(out)[0] == pytest.approx(losses(run)[0], rel=1e-3)  # the epoch before the kill

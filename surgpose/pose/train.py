@@ -88,7 +88,7 @@ def _prepare(
     import torch
 
     work.mkdir(parents=True, exist_ok=True)
-    last, start = work / "weights" / "last.pt", work / "start.json"
+    last, start = work / "run" / "weights" / "last.pt", work / "start.json"
     if not last.is_file():
         shutil.rmtree(work / "yolo", ignore_errors=True)
         if data.is_dir(): write_yolo(work / "yolo", {k: [(v, data)] for k, v in splits.items()}, progress=False)
@@ -110,9 +110,9 @@ def _shrink_sigma(trainer: Any, cfg: TrainConfig) -> None:
 
 # %% ../../nbs/30_train.ipynb #c020
 def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: dict, progress: bool) -> None:
-    last = work / "weights" / "last.pt"
+    last = work / "run" / "weights" / "last.pt"
     start = dict(resume=str(last), model=str(last)) if done else dict(model=str(work / "start.pt"))
-    settings = {**settings, **start, "data": str(work / "yolo" / "data.yaml"), "save_dir": str(work)}
+    settings = {**settings, **start, "data": str(work / "yolo" / "data.yaml"), "save_dir": str(work / "run")}
     trainer = trainer_class(cfg, carried)(overrides=settings)
     show = Progress(progress)
     for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "teardown"):
@@ -130,10 +130,10 @@ def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: d
 def _finish(out: Path, work: Path, cfg: TrainConfig, facts: dict, more: dict) -> None:
     import pandas as pd
 
-    table = pd.read_csv(work / "results.csv", skipinitialspace=True).drop_duplicates("epoch", keep="last")
+    table = pd.read_csv(work / "run" / "results.csv", skipinitialspace=True).drop_duplicates("epoch", keep="last")
     atomic_write(out / "results.csv", table.to_csv(index=False))
     for name in ("best.pt", "last.pt"):
-        data = read_weights(work / "weights" / name)
+        data = read_weights(work / "run" / "weights" / name)
         told = dict(imgsz=cfg.imgsz, epoch=int(data["epoch"]) + 1, model=cfg.model, seed=facts["seed"],
                     config_hash=hash_data(facts), data_hash=facts["data_hash"])
         write_weights(out / "weights" / name, data["model"], told)
