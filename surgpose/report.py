@@ -199,11 +199,13 @@ def check_parameters(
 # %% ../nbs/91_report.ipynb #c035
 def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
     import papermill
+    from jupyter_core.paths import jupyter_runtime_dir
     from traitlets.config import Config
-    try:  # ipc keeps the kernel off the network; the timeout is per cell
+    transport = "ipc" if len(jupyter_runtime_dir()) < 55 else "tcp"  # off the network, but a socket's path is short
+    try:  # the timeout is per cell
         papermill.execute_notebook(str(source), str(target), values, kernel_name="python3", progress_bar=False,
                                    cwd=str(project_root()), execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
-                                   config=Config(KernelManager=dict(transport="ipc")))
+                                   config=Config(KernelManager=dict(transport=transport)))
     except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
     except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel and a timeout are no error of papermill's
     return ""

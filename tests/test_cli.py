@@ -417,9 +417,9 @@ def test_run_makes_everything(finished):
     phases = finished.record["phases"]
     assert list(phases) == PHASES and {p["status"] for p in phases.values()} == {"ok"}
     made = (
-        "config.yaml synthetic/coco_annotations.json teacher/weights/best.pt teacher/metrics.json compare.json "
+        "config.yaml synthetic/coco_annotations.json teacher/weights/best.pt teacher/metrics.json "
         "predictions/overlay.mp4 pseudo/candidates.json refined/refine.json refined/weights/best.pt "
-        "predictions_refined/predictions.json side_by_side.mp4"
+        "predictions_refined/predictions.json side_by_side.mp4 compare.json"
     )
     assert [f for f in made.split() if not (finished.out / f).is_file()] == []
     for line in ("render: started", "[13/13] 50_refine: done in"):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 # Cells flagged notest, slow or gpu are left out; those flagged blender run, for bpy is always installed. Each
-# notebook gets a process of its own: bpy and torch leave traces, and bpy may crash when a process ends, so os._exit.
+# notebook gets a process of its own: bpy and torch leave traces, and bpy may crash when a process ends.
 RUN = """
 import os, sys
 from pathlib import Path
