@@ -139,6 +139,7 @@ class PseudoConfig(Section):
     min_kps: int = Field(4, ge=1, le=5, description="fewest kept keypoints a tool needs")
     oks_nms: float = Field(0.85, ge=0, le=1, description="of two poses that agree more than this, the weaker goes")
     doubt_conf: float = Field(0.25, ge=0, le=1, description="a detection between this and det_conf makes its frame doubtful")
+    min_tools: int = Field(1, ge=1, description="tools the footage is known to show in every frame; a frame with fewer labels is left out")
 
 # %% ../nbs/01_config.ipynb #c017
 class TrackConfig(Section):

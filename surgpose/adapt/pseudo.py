@@ -129,6 +129,7 @@ class Candidates:
     "Candidate labels of one video."
     frames: tuple[Frame, ...]  # every sampled frame, also those where nothing was found
     table: pd.DataFrame  # one row per detection, with `COLUMNS`
+    min_tools: int = 1  # labels a frame needs
 
 # %% ../../nbs/40_pseudo.ipynb #c028
 def make_table(
@@ -155,7 +156,7 @@ def candidates(
         for r, why in zip(poses.to_rows(), reasons, strict=True):
             rows.append(dict(r, frame=frame.index, t_s=frame.t_s, track=-1, kept=not why, reasons=why,
                              **dict(zip("xywh", r["bbox"], strict=True))))
-    return Candidates(tuple(f for f, _ in predictions), make_table(rows))
+    return Candidates(tuple(f for f, _ in predictions), make_table(rows), cfg.min_tools)
 
 # %% ../../nbs/40_pseudo.ipynb #c032
 def poses_of(
@@ -180,7 +181,7 @@ def frame_states(
 ) -> dict[int, str]:  # frame number -> "kept", "doubtful" or "empty", in the order of the frames
     "Decide which frames may be trained on."
     rows = found.table.assign(settled=is_settled(found.table)).groupby("frame")
-    sound = (rows.settled.all() & rows.kept.any()).to_dict()
+    sound = (rows.settled.all() & (rows.kept.sum() >= found.min_tools)).to_dict()
     fate = {None: "empty", True: "kept", False: "doubtful"}
     return {f.index: fate[sound.get(f.index)] for f in found.frames}
 
@@ -240,7 +241,8 @@ def write_candidates(
 ) -> Path:  # `path`
     "Write candidates, whole or not at all."
     rows = found.table.to_dict("records")
-    return write_json(path, dict(frames=[asdict(f) for f in found.frames], rows=rows), indent=None)
+    frames = [asdict(f) for f in found.frames]
+    return write_json(path, dict(frames=frames, rows=rows, min_tools=found.min_tools), indent=None)
 
 # %% ../../nbs/40_pseudo.ipynb #c053
 def read_candidates(
@@ -252,6 +254,7 @@ def read_candidates(
         rows = [{**r, "reasons": tuple(r["reasons"])} for r in data["rows"]]
         unknown = {name for r in rows for name in r["reasons"]} - REASONS.keys()
         if unknown: raise KeyError(f"reason {min(unknown)!r}")
-        return Candidates(tuple(Frame(**f) for f in data["frames"]), make_table(rows))
+        frames = tuple(Frame(**f) for f in data["frames"])
+        return Candidates(frames, make_table(rows), int(data["min_tools"]))
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: expected what write_candidates leaves, got {e!r}; make it again") from None

@@ -150,7 +150,8 @@ def gate_rows(
     for name, old in before.items():
         new = after.get(name)
         change = None if old is None or new is None else new - old
-        passed = None if old is None else new is not None and change >= -tolerance
+        blind = old is None or max(old, new or 0) <= tolerance
+        passed = None if blind else new is not None and change >= -tolerance
         rows.append(dict(set=name, teacher=old, refined=new, change=change, passed=passed))
     return rows
 
@@ -161,7 +162,7 @@ def gate_verdict(
 ) -> tuple[str, str]:  # "refined" or "teacher", and a sentence that says why
     "Decide which network stays."
     judged = [r for r in rows if r["passed"] is not None]
-    if not judged: return "teacher", "The teacher is kept: there is no held-out label to measure by."
+    if not judged: return "teacher", f"The teacher is kept: no AP beyond {tolerance:g} on held-out labels to judge by."
     fallen = [r for r in judged if not r["passed"]]
     told = "; ".join(f"{r['set']} AP {r['teacher']:.3f} -> "
                      + ("none" if r["refined"] is None else f"{r['refined']:.3f}") for r in fallen or judged)
