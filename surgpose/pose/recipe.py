@@ -167,7 +167,7 @@ class Progress:
         self.bar.update()
 
     def on_fit_epoch_end(self, trainer: Any) -> None:
-        names = dict(box="metrics/mAP50(B)", AP="metrics/mAP50-95(P)")
+        names = dict(boxAP50="metrics/mAP50(B)", AP="metrics/mAP50-95(P)")
         self.scores = {k: f"{trainer.metrics[v]:.3f}" for k, v in names.items() if v in trainer.metrics}
 
     def teardown(self, trainer: Any) -> None:
