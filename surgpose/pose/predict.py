@@ -54,11 +54,12 @@ def predict_frames(
     cfg: PredictConfig | EvaluateConfig | None = None,
     *,
     device: str = "auto",  # auto, cpu, or a GPU's number
+    imgsz: int | None = None,  # image size in px; the config's, or the training size, when absent
 ) -> Iterator[tuple[Frame, np.ndarray, Poses]]:  # the frames again, with their poses
     "Predict one frame after another."
     cfg = cfg or PredictConfig()
     if isinstance(model, Path | str): model = load_model(model)
-    options = dict(imgsz=cfg.imgsz or model.trained_imgsz, conf=cfg.conf, iou=cfg.iou, max_det=cfg.max_det,
+    options = dict(imgsz=imgsz or cfg.imgsz or model.trained_imgsz, conf=cfg.conf, iou=cfg.iou, max_det=cfg.max_det,
                    device=resolve_device(device).split(",")[0], verbose=False, save=False)
     for frame, image in frames:
         yield frame, image, poses_of_result(model.predict(image, **options)[0])

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['SHRINK_UNTIL', 'sigma_at', 'set_sigma', 'transpose_batch', 'boost_groups', 'dataset_facts', 'trainer_class',
-           'ultralytics_settings', 'Progress']
+__all__ = ['SHRINK_UNTIL', 'sigma_at', 'set_sigma', 'transpose_batch', 'boost_groups', 'fresh_head', 'dataset_facts',
+           'trainer_class', 'ultralytics_settings', 'Progress']
 
 # %% ../../nbs/29a_recipe.ipynb #c005
 SHRINK_UNTIL = 0.7  # share of the epochs after which the sigma rests
@@ -31,10 +31,12 @@ SHRINK_UNTIL = 0.7  # share of the epochs after which the sigma rests
 def sigma_at(
     epoch: int,  # counted from 0
     cfg: TrainConfig,
+    *,
+    fresh: bool = True,  # the pose head started from random numbers
 ) -> float:  # OKS sigma of the loss
     "Tell the loss's sigma in an epoch."
     share = min(1.0, epoch / max(SHRINK_UNTIL * (cfg.epochs - 1), 1e-9)) if cfg.epochs > 1 else 0.0
-    return cfg.sigma_start * (cfg.sigma_end / cfg.sigma_start) ** share
+    return cfg.sigma_start * (cfg.sigma_end / cfg.sigma_start) ** (share if fresh else (1 + share) / 2)
 
 # %% ../../nbs/29a_recipe.ipynb #c009
 def set_sigma(
@@ -75,6 +77,16 @@ def boost_groups(
     return out
 
 # %% ../../nbs/29a_recipe.ipynb #c021
+def fresh_head(
+    model: Any,  # a pose network
+    carried: set[str],  # names of the tensors that came with the initial weights
+) -> set[str]:  # names of the pose head's parameters that did not; empty when the head arrived trained
+    "List what the pose head has to learn from nothing."
+    head = f"model.{len(model.model) - 1}.cv4."
+    names = {k for k, _ in model.named_parameters() if k.startswith(head)}
+    return names - carried
+
+# %% ../../nbs/29a_recipe.ipynb #c024
 def dataset_facts(
     data_yaml: Path,  # a YOLO-pose data.yaml
 ) -> dict:  # the mapping, with absolute paths and what Ultralytics adds to it
@@ -87,7 +99,7 @@ def dataset_facts(
     return {**data, "path": root, "names": names, "nc": len(names), "channels": 3, "yaml_file": str(data_yaml),
             "train": absolute(data["train"]), "val": absolute(data["val"])}
 
-# %% ../../nbs/29a_recipe.ipynb #c023
+# %% ../../nbs/29a_recipe.ipynb #c026
 def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
     places = trainer.last, trainer.best
     trainer.last, trainer.best = (p.with_suffix(".tmp") for p in places)
@@ -97,7 +109,7 @@ def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
         if tmp.exists(): os.replace(tmp, place)
     return saved
 
-# %% ../../nbs/29a_recipe.ipynb #c024
+# %% ../../nbs/29a_recipe.ipynb #c027
 def trainer_class(
     cfg: TrainConfig,
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -117,8 +129,7 @@ def trainer_class(
 
         def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             plain = super().build_optimizer(model, *args, **kwargs)
-            head = f"model.{len(model.model) - 1}.cv4"
-            fresh = {id(p) for k, p in model.named_parameters() if k.startswith(head) and k not in carried}
+            fresh = {id(p) for k, p in model.named_parameters() if k in fresh_head(model, carried)}
             return type(plain)(boost_groups(plain.param_groups, fresh, cfg.head_lr))
 
         def save_model(self) -> bool:
@@ -129,7 +140,7 @@ def trainer_class(
 
     return ToolTrainer
 
-# %% ../../nbs/29a_recipe.ipynb #c027
+# %% ../../nbs/29a_recipe.ipynb #c030
 def ultralytics_settings(
     cfg: TrainConfig,
     seed: int = 0,
@@ -145,7 +156,7 @@ def ultralytics_settings(
         fliplr=cfg.fliplr, flipud=cfg.flipud, scale=cfg.scale, translate=cfg.translate, mosaic=cfg.mosaic,
         close_mosaic=cfg.epochs // 5, hsv_h=hsv_h, hsv_s=hsv_s, hsv_v=hsv_v, exist_ok=True)
 
-# %% ../../nbs/29a_recipe.ipynb #c031
+# %% ../../nbs/29a_recipe.ipynb #c034
 class Progress:
     "A bar that follows a training through Ultralytics' callbacks."
 

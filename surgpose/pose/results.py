@@ -51,6 +51,7 @@ def fig_losses(
         for part, line in (("train", "-"), ("val", ":")):
             if f"{part}/{column}" in table: ax.plot(table["epoch"], table[f"{part}/{column}"], line, label=part)
         ax.set(title=name, xlabel="epoch", ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("loss"); axes[0].legend()
     return fig
 
@@ -68,6 +69,7 @@ def fig_scores(
         if column in table: ax.plot(table["epoch"], table[column], marker=".", label=name)
     if best_epoch: ax.axvline(best_epoch, color="#666666", lw=1, ls="--", label="kept")
     ax.set(xlabel="epoch", ylabel="on validation images", ylim=(0, 1), title=f"n = {len(table)} epochs")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc="upper left")
     return fig
 

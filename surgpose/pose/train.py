@@ -19,7 +19,8 @@ from ..data.coco import read_coco, split_coco
 from ..data.yolo import read_yolo, write_yolo
 from ..files import atomic_write, code_hash, hash_data, lock_folder, read_json, utc_now, versions, write_json
 from .model import (build_model, find_weights, model_sha, read_weights, resolve_device, write_weights)
-from .recipe import Progress, dataset_facts, set_sigma, sigma_at, trainer_class, ultralytics_settings
+from .recipe import (Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
+                                  ultralytics_settings)
 from ..schema import CLASSES
 
 # %% auto #0
@@ -103,10 +104,11 @@ def _prepare(
     return set(known["carried"]), known["total"], done
 
 # %% ../../nbs/30_train.ipynb #c019
-def _shrink_sigma(trainer: Any, cfg: TrainConfig) -> None:
+def _shrink_sigma(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
     from ultralytics.utils.torch_utils import unwrap_model
 
-    set_sigma(unwrap_model(trainer.model), sigma_at(trainer.epoch, cfg))
+    model = unwrap_model(trainer.model)
+    set_sigma(model, sigma_at(trainer.epoch, cfg, fresh=bool(fresh_head(model, carried))))
 
 # %% ../../nbs/30_train.ipynb #c020
 def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: dict, progress: bool) -> None:
@@ -117,7 +119,7 @@ def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: d
     show = Progress(progress)
     for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "teardown"):
         trainer.add_callback(event, getattr(show, event))
-    trainer.add_callback("on_train_epoch_start", functools.partial(_shrink_sigma, cfg=cfg))
+    trainer.add_callback("on_train_epoch_start", functools.partial(_shrink_sigma, cfg=cfg, carried=carried))
     try: trainer.train()
     except (RuntimeError, MemoryError) as e:
         if "out of memory" not in str(e).lower() and not isinstance(e, MemoryError): raise
