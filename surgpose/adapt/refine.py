@@ -219,7 +219,7 @@ def refine(
     from surgpose.pose.train import train
     train_cfg, cfg = train_cfg or TrainConfig(), refine_cfg or RefineConfig()
     out, teacher = Path(out), Path(teacher)
-    facts = dict(teacher=str(teacher.absolute()), seed=seed, config=cfg.model_dump(mode="json"),
+    facts = dict(teacher=os.path.relpath(teacher, out), seed=seed, config=cfg.model_dump(mode="json"),
                  mix=mix_counts(synthetic, pseudo, cfg))
     if (n := facts["mix"]["pseudo_frames"]) < cfg.min_frames:
         few = f"The teacher is kept: {n} frames were accepted, a refinement needs {cfg.min_frames}."
@@ -259,4 +259,4 @@ def kept_weights(
     "Tell which network a refinement left in use."
     facts = read_json(Path(out) / "refine.json")
     if facts["kept"] == "refined": return Path(out) / "weights" / "best.pt"
-    return Path(facts["teacher"])
+    return Path(os.path.normpath(Path(out) / facts["teacher"]))  # the run may have been moved as a whole
