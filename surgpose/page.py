@@ -37,7 +37,7 @@ h3 { font-size: 1.05rem; margin: 1.4em 0 .4em; } p, li { max-width: 78ch; } a { 
 blockquote { margin: 0 0 1em; padding: 0; color: var(--soft); font-size: 1.08rem; }
 img, video { max-width: 100%; height: auto; } figure { margin: 1em 0; }
 figcaption, caption { color: var(--soft); font-size: .9rem; }
-caption { text-align: left; padding-bottom: .4em; } .anchor-link { display: none; }
+caption { width: max-content; max-width: 78ch; text-align: left; padding-bottom: .4em; } .anchor-link { display: none; }
 a.back { font-size: .9rem; text-decoration: none; } .output { margin: .8em 0; overflow-x: auto; }
 pre { font: 13px/1.45 "DejaVu Sans Mono", monospace; overflow-x: auto; white-space: pre-wrap; }
 .input { background: var(--wash); border-left: 3px solid var(--line); padding: .1em 1em; margin: .6em 0; }
@@ -108,14 +108,15 @@ def fill_page(
     return env.get_template("page").render(policy=POLICY, style=Markup(STYLE), **values)
 
 # %% ../nbs/94_page.ipynb #c016
-def _without_scripts(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def _readable(nb: nbformat.NotebookNode, keep_stderr: bool) -> nbformat.NotebookNode:
     nb = copy.deepcopy(nb)
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             for kind in [k for k in output.get("data", {}) if "widget" in k or "javascript" in k]: del output.data[kind]
             if "text/html" in output.get("data", {}): output.data["text/html"] = _no_script_tags(output.data["text/html"])
-        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if o.get("data", True)]
+        if "outputs" not in cell: continue
+        cell.outputs = [o for o in cell.outputs if o.get("data", True) and (keep_stderr or o.get("name") != "stderr")]
     return nb
 
 # %% ../nbs/94_page.ipynb #c017
@@ -135,7 +136,7 @@ def notebook_page(
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input=not banner, exclude_input_prompt=True,
                             exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="")
-    body, _ = exporter.from_notebook_node(_without_scripts(nb))
+    body, _ = exporter.from_notebook_node(_readable(nb, keep_stderr=bool(banner)))
     return fill_page(NOTEBOOK, title=title, banner=banner, facts=facts or {}, body=Markup(_no_script_tags(body)))
 
 # %% ../nbs/94_page.ipynb #c022
