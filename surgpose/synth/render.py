@@ -13,7 +13,8 @@ from typing import Any
 from ..config import RenderConfig
 from ..data.coco import new_coco, write_coco
 from ..files import MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, write_json, write_manifest
-from .scene import choose_asset, hdri_files, photo_files, read_camera, split_of
+from .placing import read_camera
+from .surroundings import HDRI, PHOTO, listed
 from .workers import RECORDS, Crew, draw_all
 
 # %% auto #0
@@ -32,8 +33,8 @@ def check_inputs(
     for name in ("hdri_dir", "backgrounds_dir", "models_dir", "kps_dir"):
         folder = getattr(cfg, name)
         if folder and not folder.is_dir(): raise FileNotFoundError(f"render.{name}: expected a folder, got {str(folder)!r}")
-    if cfg.hdri_dir: hdri_files(cfg.hdri_dir)
-    if cfg.backgrounds_dir: photo_files(cfg.backgrounds_dir)
+    if cfg.hdri_dir: listed(cfg.hdri_dir, *HDRI)
+    if cfg.backgrounds_dir: listed(cfg.backgrounds_dir, *PHOTO)
     if cfg.models_dir: check_models(cfg)
 
 # %% ../../nbs/23_render.ipynb #c007
