@@ -93,7 +93,7 @@ class TrainConfig(Section):
     imgsz: int = Field(320, ge=32, multiple_of=32, description="training image size in px, longer side")
     epochs: int = Field(8, ge=1, description="passes over the training images")
     batch: int = Field(8, ge=1, description="images per step; gradients are not accumulated")
-    lr0: float = Field(1e-3, gt=0, description="first learning rate of AdamW")
+    lr0: float = Field(1e-3, gt=0, le=1, description="first learning rate of AdamW")
     lrf: float = Field(0.01, gt=0, le=1, description="last learning rate as a share of the first")
     weight_decay: float = Field(5e-4, ge=0, description="AdamW weight decay")
     warmup_epochs: float = Field(1.0, ge=0, description="epochs of linear warm-up")

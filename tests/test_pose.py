@@ -88,8 +88,9 @@ def test_a_killed_training_goes_on_where_it_was(run, toy_dataset, tmp_path):
     argv = [sys.executable, "-W", "ignore", "-c", KILLED, str(toy_dataset), str(out), TINY.model_dump_json()]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == -9, done.stderr
-    assert not (out / "provenance.json").exists() and (out / "training" / "run" / "weights" / "last.pt").is_file()
-    (out / "training" / "run" / "weights" / "last.tmp").write_bytes(b"half a checkpoint")
+    weights = out / "training" / "run" / "weights"
+    assert not (out / "provenance.json").exists() and (weights / "last.pt").is_file()
+    (weights / "last.tmp").write_bytes(b"half a checkpoint")
     train(toy_dataset, out, TINY, device="cpu", progress=False)
     assert read_json(out / "provenance.json")["resumed_after_epochs"] == 1
     assert losses(out)[0] == pytest.approx(losses(run)[0], rel=1e-3)  # the epoch before the kill
@@ -129,6 +130,30 @@ def test_data_that_cannot_be_learned_from_are_refused_at_once(toy_dataset, tmp_p
     with pytest.raises(ValueError, match=says):
         train(folder, tmp_path / "run", TINY, device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (RuntimeError("CUDA out of memory. Tried 2 GiB"), r"halve train\.batch to 2, or lower train\.imgsz"),
+    (MemoryError(), r"batch 4 at 96 px"),
+    (RuntimeError("something else"), "something else"),
+])
+def test_no_memory_is_answered_with_what_to_change(toy_dataset, tmp_path, monkeypatch, error, says):
+    from surgpose.pose import train as module
+
+    def fails(self):
+        raise error
+
+    real = module.trainer_class
+    monkeypatch.setattr(module, "trainer_class", lambda *a: type("Fails", (real(*a),), dict(train=fails)))
+    with pytest.raises(RuntimeError, match=says):
+        train(toy_dataset, tmp_path / "run", TINY, device="cpu", progress=False)
+    assert not (tmp_path / "run" / "provenance.json").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_training(toy_dataset, tmp_path):
+    cfg = TINY.model_copy(update=dict(lr0=1.0, head_lr=1e30))
+    with pytest.raises(RuntimeError, match=r"not a number in epoch \d; lower train\.lr0"):
+        train(toy_dataset, tmp_path / "run", cfg, device="cpu", progress=False)
 
 
 def test_a_broken_image_is_named_before_training(toy_dataset, tmp_path):

@@ -17,7 +17,7 @@ from ..config import EvaluateConfig
 from ..data.coco import read_coco, split_coco
 from ..data.cvat import TipTracks
 from ..data.video import read_image
-from ..data.yolo import read_yolo
+from ..data.yolo import read_yolo, read_yolo_boxes
 from ..files import hash_data, safe_join, utc_now, write_json
 from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap_ci, has_keypoints, judge,
                                  keypoint_errors, reason_for_nan)
@@ -84,7 +84,7 @@ def _frames(truth: dict, root: Path) -> Iterator[tuple[Frame, np.ndarray]]:
 
 # %% ../../nbs/31_evaluate.ipynb #c014
 def load_truth(
-    data: Path | str,  # a dataset folder, a COCO file, or a data.yaml
+    data: Path | str,  # a dataset folder, a COCO file, a data.yaml, or a folder with images/ and labels/ of boxes
     split: str | None = "val",  # the images' `split`; nothing takes all
 ) -> tuple[dict, Path]:  # a COCO file as plain dicts, and the folder of its file names
     "Read the images that are to be judged on."
@@ -94,6 +94,7 @@ def load_truth(
         if split not in splits: raise ValueError(f"{data}: expected one of {', '.join(splits)}, got the split {split!r}")
         return splits[split], root
     path = data / "coco_annotations.json" if data.is_dir() else data
+    if not path.is_file() and (data / "labels").is_dir(): return read_yolo_boxes(data), data
     coco = read_coco(path)
     if split is not None and any("split" in im for im in coco["images"]): coco = split_coco(coco, split)
     if not coco["images"]: raise ValueError(f"{path}: expected images with the split {split!r}, got none")

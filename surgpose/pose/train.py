@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import time
 import warnings
@@ -110,6 +111,11 @@ def _shrink_sigma(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
     model = unwrap_model(trainer.model)
     set_sigma(model, sigma_at(trainer.epoch, cfg, fresh=bool(fresh_head(model, carried))))
 
+def _stop_at_nan(trainer: Any, cfg: TrainConfig) -> None:
+    bad = [k for k, v in (trainer.tloss or {}).items() if not math.isfinite(float(v))]
+    if bad: raise RuntimeError(f"train: {', '.join(bad)} is not a number in epoch {trainer.epoch + 1}; lower train.lr0 "
+                               f"(now {cfg.lr0:g}) and choose a new folder")
+
 # %% ../../nbs/30_train.ipynb #c020
 def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: dict, progress: bool) -> None:
     last = work / "run" / "weights" / "last.pt"
@@ -119,6 +125,7 @@ def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: d
     show = Progress(progress)
     for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "teardown"):
         trainer.add_callback(event, getattr(show, event))
+    trainer.add_callback("on_train_epoch_end", functools.partial(_stop_at_nan, cfg=cfg))
     trainer.add_callback("on_train_epoch_start", functools.partial(_shrink_sigma, cfg=cfg, carried=carried))
     try: trainer.train()
     except (RuntimeError, MemoryError) as e:
