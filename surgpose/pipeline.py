@@ -201,7 +201,7 @@ def make_job(
     *,
     video: Path | str | None = None,  # data/sample/clip.mp4 when absent
     truth: Path | str | None = None,  # labels of the video; found beside it when absent
-    weights_init: Path | str | None = None,  # initial weights of all networks of the run
+    weights_init: Path | str | None = None,  # initial weights of the teacher, and of others of its size
 ) -> Job:
     "Check the input of a run; an error leaves nothing behind."
     from surgpose.data.video import video_info
@@ -211,7 +211,8 @@ def make_job(
     truth = Path(truth) if truth else find_truth(video)
     if truth: read_truth(truth, info)
     if weights_init:
-        trains = [t.model_copy(update=dict(weights_init=Path(weights_init))) for t in (cfg.train, *cfg.also_train)]
+        trains = [t.model_copy(update=dict(weights_init=Path(weights_init))) if t.model == cfg.train.model else t
+                  for t in (cfg.train, *cfg.also_train)]
         cfg = cfg.model_copy(update=dict(train=trains[0], also_train=tuple(trains[1:])))
     for t in (cfg.train, *cfg.also_train): find_weights(t.weights_init, t.model)
     resolve_device(cfg.device)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from surgpose import doctor
-from surgpose.cli import main
+from surgpose.cli import main, parse_verb
 from surgpose.config import shared_dir
 from surgpose.data.coco import new_coco, read_coco, write_coco
 from surgpose.data.video import read_image, video_info, write_video
@@ -49,6 +49,7 @@ TINY_RUN = [
     "train.imgsz=96",
     "train.batch=4",
     "train.workers=0",
+    "also_train=[{model: yolov8n-pose, epochs: 1, imgsz: 64, batch: 4, workers: 0}]",
     "refine.epochs=1",
     "refine.min_frames=1",
     "refine.gate_tolerance=1",
@@ -255,6 +256,19 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     assert "Traceback" in command(*args).err
 
 
+def test_the_environment_of_the_reference_pipeline_works(tmp_path, monkeypatch):
+    (tmp_path / "surgical_tools_models").mkdir()
+    (tmp_path / "vids_test").mkdir()
+    (tmp_path / "vids_test" / "a.mp4").write_text("no video")
+    monkeypatch.setenv("PROJ_DATA", str(tmp_path))
+    monkeypatch.setenv("PROJ_OUT", str(tmp_path / "out"))
+    verb = parse_verb("render", ["--profile", "paper"])
+    assert verb.render.models_dir == tmp_path / "surgical_tools_models"
+    assert verb.place(verb.out, "synthetic") == tmp_path / "out" / "synthetic"
+    done = command("run")
+    assert done.code == 1 and "vids_test/a.mp4: expected a video" in done.err
+
+
 STUB = """
 import os, sys, time
 from dataclasses import dataclass
@@ -419,7 +433,7 @@ def test_run_makes_everything(finished):
     made = (
         "config.yaml synthetic/coco_annotations.json teacher/weights/best.pt teacher/metrics.json "
         "predictions/overlay.mp4 pseudo/candidates.json refined/refine.json refined/weights/best.pt "
-        "predictions_refined/predictions.json side_by_side.mp4 compare.json"
+        "predictions_refined/predictions.json side_by_side.mp4 compare.json also/yolov8n-pose/metrics.json"
     )
     assert [f for f in made.split() if not (finished.out / f).is_file()] == []
     for line in ("render: started", "[13/13] 50_refine: done in"):
