@@ -44,9 +44,10 @@ def parse_verb(
 def usage() -> str:
     "Write the overview: one line per verb."
     lines = [f"  {name:9} {verb.__doc__.splitlines()[0]}" for name, verb in VERBS.items()]
-    return "\n".join(["usage: surgpose VERB [options]", "", "Teach a network the 2D pose of surgical tools from rendered images, and adapt it "
-                      "to video.", "", "verbs:", *lines, "", "surgpose VERB --help lists the options of one.",
-                      "Results: path on stdout, progress on stderr. Exit codes: 0 done, 1 failed, 2 bad usage."])
+    head = "Teach a network the 2D pose of surgical tools from rendered images, and adapt it to video."
+    tail = "Results: path on stdout, progress on stderr. Exit codes: 0 done, 1 failed, 2 bad usage."
+    return "\n".join(["usage: surgpose VERB [options]", "", head, "", "verbs:", *lines, "",
+                      "surgpose VERB --help lists the options of one.", tail])
 
 # %% ../nbs/92_cli.ipynb #c011
 @contextmanager
@@ -73,7 +74,8 @@ def _fail(name: str, error: BaseException, code: int, debug: bool) -> int:
     if debug:
         import traceback
         traceback.print_exception(error, file=sys.stderr)
-    else: print(f"surgpose {name}: {' '.join(str(error).split()) if code == 2 else error}".rstrip(), file=sys.stderr)
+    text = " ".join(str(error).split()) if code == 2 else str(error).rstrip()
+    if not debug: print(f"surgpose {name}: {text}", file=sys.stderr)
     return code
 
 # %% ../nbs/92_cli.ipynb #c014
@@ -85,7 +87,7 @@ def main(
     if not args or args[0] in ("-h", "--help"): print(usage()); return 0 if args else 2
     if args[0] == "--version": print(__version__); return 0
     name, debug = args[0], "--debug" in args or bool(os.environ.get("SURGPOSE_DEBUG"))
-    if name not in VERBS: return _fail(name, UsageError(f"expected one of {', '.join(VERBS)}; see surgpose --help"), 2, False)
+    if name not in VERBS: return _fail(name, UsageError(f"expected one of {', '.join(VERBS)}"), 2, False)
     warnings.formatwarning = lambda message, *_, **__: f"surgpose {name}: {message}\n"
     if argv is None: signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -17,9 +17,9 @@ from .config import project_root, shared_dir
 from .files import versions
 
 # %% auto #0
-__all__ = ['DEBIAN', 'CHECKS', 'Finding', 'check_python', 'library_fix', 'check_blender', 'check_blenderproc', 'check_openexr',
-           'check_torch', 'check_gpu', 'check_weights', 'check_disk', 'check_chromium', 'check_fonts', 'check_openvino',
-           'examine']
+__all__ = ['DEBIAN', 'INSTALL', 'CHECKS', 'Finding', 'check_python', 'library_fix', 'check_blender', 'check_blenderproc',
+           'check_openexr', 'check_torch', 'check_gpu', 'check_weights', 'check_disk', 'check_chromium', 'check_fonts',
+           'check_openvino', 'examine']
 
 # %% ../nbs/93_doctor.ipynb #c005
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Finding:
     "What one check saw."
     ok: bool
     detail: str  # what is there, or what is wrong
-    fix: str = ""  # a command, or what to do
+    fix: str = ""  # a command, or what to do; shown when something is missing
 
 # %% ../nbs/93_doctor.ipynb #c006
 def _in_own_process(code: str, timeout_s: float = 120.0) -> tuple[bool, str]:
@@ -38,13 +38,15 @@ def _in_own_process(code: str, timeout_s: float = 120.0) -> tuple[bool, str]:
 # %% ../nbs/93_doctor.ipynb #c007
 def check_python() -> Finding:
     "bpy 4.2 exists for Python 3.11 alone."
-    ok = sys.version_info[:2] == (3, 11)
-    return Finding(ok, f"Python {sys.version.split()[0]}", "" if ok else "make setup PYTHON=/path/to/python3.11")
+    return Finding(sys.version_info[:2] == (3, 11), f"Python {sys.version.split()[0]}",
+                   "make setup PYTHON=/path/to/python3.11")
 
 # %% ../nbs/93_doctor.ipynb #c009
-DEBIAN = {"libGL": "libgl1", "libEGL": "libegl1", "libSM": "libsm6", "libICE": "libice6", "libXfixes": "libxfixes3", "libXi": "libxi6",
-          "libxkbcommon": "libxkbcommon0", "libXrender": "libxrender1", "libXxf86vm": "libxxf86vm1", "libX11": "libx11-6",
-          "libXext": "libxext6", "libgomp": "libgomp1", "libglib-2.0": "libglib2.0-0", "libGLU": "libglu1-mesa", "libXt": "libxt6"}
+DEBIAN = {"libGL": "libgl1", "libEGL": "libegl1", "libSM": "libsm6", "libICE": "libice6", "libXfixes": "libxfixes3",
+          "libXi": "libxi6", "libxkbcommon": "libxkbcommon0", "libXrender": "libxrender1", "libXt": "libxt6",
+          "libXxf86vm": "libxxf86vm1", "libX11": "libx11-6", "libXext": "libxext6", "libgomp": "libgomp1",
+          "libglib-2.0": "libglib2.0-0", "libGLU": "libglu1-mesa"}
+INSTALL = "pip install -c constraints.txt"
 
 # %% ../nbs/93_doctor.ipynb #c010
 def library_fix(
@@ -61,33 +63,36 @@ def library_fix(
 def check_blender() -> Finding:
     "Import bpy in a process of its own: it can crash, and it must not stay loaded."
     ok, said = _in_own_process("import bpy, os; print('Blender', bpy.app.version_string, flush=True); os._exit(0)")
-    return Finding(ok, said, "" if ok else library_fix(said) or "pip install -c constraints.txt 'bpy==4.2.*'")
+    return Finding(ok, said, library_fix(said) or f"{INSTALL} 'bpy==4.2.*'")
 
 # %% ../nbs/93_doctor.ipynb #c014
 def check_blenderproc() -> Finding:
     "What BlenderProc is installed."
     version = versions()["blenderproc"]
-    return Finding(version != "absent", f"BlenderProc {version}", "" if version != "absent" else "pip install -c constraints.txt blenderproc")
+    return Finding(version != "absent", f"BlenderProc {version}", f"{INSTALL} blenderproc")
 
 # %% ../nbs/93_doctor.ipynb #c017
 def check_openexr() -> Finding:
     "OpenCV 5 wheels cannot read OpenEXR; worlds and depth maps come in it."
-    ok, said = _in_own_process("import cv2; i = cv2.getBuildInformation(); print(cv2.__version__); raise SystemExit('OpenEXR:' not in i or 'OpenEXR:                     NO' in i)")
-    return Finding(ok, f"OpenCV {said}, " + ("reads OpenEXR" if ok else "does not read OpenEXR"), "" if ok else "pip install -c constraints.txt 'opencv-python<5'")
+    code = "import cv2, re; print(cv2.__version__, *re.findall(r'OpenEXR:\\s+(\\S+)', cv2.getBuildInformation()))"
+    ran, said = _in_own_process(code)
+    ok = ran and len(said.split()) > 1 and not said.endswith(" NO")
+    return Finding(ok, f"OpenCV {said.split()[0]} {'reads' if ok else 'does not read'} OpenEXR", f"{INSTALL} 'opencv-python<5'")
 
 # %% ../nbs/93_doctor.ipynb #c018
 def check_torch() -> Finding:
     "torch and a torchvision that fits it."
     ok, said = _in_own_process("import torch, torchvision; torchvision.ops.nms; print('torch', torch.__version__)")
-    return Finding(ok, said, "" if ok else "pip install -c constraints.txt --force-reinstall torch torchvision")
+    return Finding(ok, said, f"{INSTALL} --force-reinstall torch torchvision")
 
 # %% ../nbs/93_doctor.ipynb #c019
 def check_gpu() -> Finding:
     "A CUDA device that torch can use."
-    code = "import torch; n = torch.cuda.device_count(); print(', '.join(torch.cuda.get_device_name(i) for i in range(n))); raise SystemExit(not n)"
+    if not shutil.which("nvidia-smi"):
+        return Finding(False, "no NVIDIA driver; everything runs on the CPU", "a GPU and its driver, where there is one")
+    code = "import torch.cuda as c; print(*(c.get_device_name(i) for i in range(c.device_count())), sep=', ')"
     ok, said = _in_own_process(code)
-    if ok: return Finding(True, said)
-    if not shutil.which("nvidia-smi"): return Finding(False, "no NVIDIA driver; everything runs on the CPU", "--device cpu is what auto takes here")
+    if ok and said: return Finding(True, said)
     return Finding(False, "a driver, but torch sees no device", "python -c 'import torch; torch.zeros(1).cuda()'  # tells why")
 
 # %% ../nbs/93_doctor.ipynb #c020
@@ -96,7 +101,7 @@ def check_weights() -> Finding:
     shared = shared_dir()
     folders = [project_root() / "data" / "weights", *([shared / "weights"] if shared else [])]
     found = [p.name for f in folders for p in sorted(f.glob("*.pt"))]
-    return Finding(bool(found), ", ".join(found) or "no weights", "" if found else "surgpose train --weights-init FILE.pt ...")
+    return Finding(bool(found), ", ".join(found) or "no weights", "surgpose run --weights-init FILE.pt ...")
 
 # %% ../nbs/93_doctor.ipynb #c021
 def check_disk(
@@ -108,33 +113,35 @@ def check_disk(
     folder = (folder or output_root()).resolve()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free / 1e9
-    return Finding(free >= needed_gb, f"{free:.1f} GB free in {there}", "" if free >= needed_gb else "export PROJ_OUT=/a/larger/disk")
+    return Finding(free >= needed_gb, f"{free:.1f} GB free in {there}", "export PROJ_OUT=/a/larger/disk")
 
 # %% ../nbs/93_doctor.ipynb #c022
 def check_chromium() -> Finding:
     "Only the tests that look at pages as pictures need a browser."
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    return Finding(bool(path), path or "no Chromium", "" if path else "apt-get install -y chromium")
+    return Finding(bool(path), path or "no Chromium", "apt-get install -y chromium")
 
 # %% ../nbs/93_doctor.ipynb #c023
 def check_fonts() -> Finding:
     "Figures bring a font of their own; a browser uses the system's."
-    found = shutil.which("fc-list") and subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True).stdout.strip()
-    count = len(set(found.splitlines())) if found else 0
-    return Finding(count > 0, f"{count} font families", "" if count else "apt-get install -y fontconfig fonts-dejavu-core")
+    tool, lines = shutil.which("fc-list"), []
+    if tool: lines = subprocess.run([tool, ":", "family"], capture_output=True, text=True).stdout.split("\n")
+    count = len({line for line in lines if line})
+    return Finding(count > 0, f"{count} font families", "apt-get install -y fontconfig fonts-dejavu-core")
 
 # %% ../nbs/93_doctor.ipynb #c024
 def check_openvino() -> Finding:
     "Makes prediction on a CPU faster."
     from importlib.util import find_spec
     ok = find_spec("openvino") is not None
-    return Finding(ok, "OpenVINO is installed" if ok else "no OpenVINO: prediction on a CPU runs in torch", "" if ok else "pip install -c constraints.txt -e '.[fast]'")
+    return Finding(ok, "OpenVINO is " + ("there" if ok else "not there; a CPU predicts in torch"), f"{INSTALL} -e '.[fast]'")
 
 # %% ../nbs/93_doctor.ipynb #c027
 CHECKS: tuple[tuple[str, bool, Callable[[], Finding]], ...] = (  # name, essential, check
     ("python", True, check_python), ("blender", True, check_blender), ("blenderproc", True, check_blenderproc),
-    ("openexr", True, check_openexr), ("torch", True, check_torch), ("disk", True, check_disk), ("weights", False, check_weights),
-    ("gpu", False, check_gpu), ("openvino", False, check_openvino), ("chromium", False, check_chromium), ("fonts", False, check_fonts))
+    ("openexr", True, check_openexr), ("torch", True, check_torch), ("disk", True, check_disk),
+    ("weights", False, check_weights), ("gpu", False, check_gpu), ("openvino", False, check_openvino),
+    ("chromium", False, check_chromium), ("fonts", False, check_fonts))
 
 # %% ../nbs/93_doctor.ipynb #c028
 def examine(
@@ -146,6 +153,7 @@ def examine(
         try: found = check()
         except (OSError, RuntimeError, subprocess.SubprocessError) as e: found = Finding(False, str(e))
         state = "ok" if found.ok else "MISSING" if essential else "absent"
-        lines.append(f"{state:8} {name:12} {found.detail}" + (f"\n{'':21} fix: {found.fix}" if found.fix else ""))
+        lines.append(f"{state:8} {name:12} {found.detail}")
+        if not found.ok and found.fix: lines.append(f"{'':21} fix: {found.fix}")
         well = well and (found.ok or not essential)
     return well, "\n".join(lines)

@@ -53,7 +53,7 @@ SPEED = {"workers", "scenes_per_worker", "timeout_s"}  # config fields that chan
 # %% ../nbs/89_engine.ipynb #c009
 def _source_hash(names: tuple[str, ...]) -> str:
     root = Path(surgpose.__file__).parent
-    files = (p for n in names for p in ([root / f"{n}.py"] if (root / f"{n}.py").is_file() else sorted((root / n).rglob("*.py"))))
+    files = [p for n in names for p in (root / f"{n}.py", *sorted((root / n).rglob("*.py"))) if p.is_file()]
     return hash_data([sha256_file(p) for p in files])
 
 # %% ../nbs/89_engine.ipynb #c010
@@ -113,38 +113,51 @@ def _attempt(phase: Phase, job: Job, entry: dict) -> dict:
     try: entry = {**entry, "numbers": phase.function(job), "status": "ok"}
     except Exception as e:
         message = str(e).strip() or type(e).__name__
-        entry = {**entry, "status": "failed", "error": message.splitlines()[0][:500], "traceback": traceback.format_exc()}
+        entry |= {"status": "failed", "error": message.splitlines()[0][:500], "traceback": traceback.format_exc()}
     return {**entry, "seconds": round(time.monotonic() - begun, 1), "ended": utc_now()}
 
 # %% ../nbs/89_engine.ipynb #c023
 def _missing(phase: Phase, phases: Sequence[Phase], record: dict, out: Path) -> str:
     for need in (p for p in phases if p.name in phase.needs):
-        if record.get(need.name, {}).get("status") in ("failed", "blocked"): return f"{need.name} did not finish"
+        status = record.get(need.name, {}).get("status")
+        if status in ("failed", "blocked"): return f"{need.name} did not finish"
         lost = next((m for m in need.makes if not (out / m).is_file()), None)
         if lost: return f"{lost} is missing; run {need.name} first"
     return ""
 
 # %% ../nbs/89_engine.ipynb #c024
-def _step(phase: Phase, phases: Sequence[Phase], job: Job, record: dict, force: bool, save: Callable[[], None]) -> str:
+def _is_fresh(phase: Phase, job: Job, entry: dict, now: str) -> bool:
+    made = all((job.out / m).is_file() for m in phase.makes)
+    return entry.get("fingerprint") == now and entry.get("status") in ("ok", "fresh") and made
+
+# %% ../nbs/89_engine.ipynb #c025
+def _outcome(entry: dict) -> str:
+    if entry["status"] == "failed": return f"failed, {entry['error']}"
+    shown = ", ".join(f"{k} {format_number(v)}" for k, v in entry["numbers"].items())
+    return f"done in {entry['seconds']:.0f} s" + (f" ({shown})" if shown else "")
+
+# %% ../nbs/89_engine.ipynb #c026
+def _step(
+    phase: Phase, phases: Sequence[Phase], job: Job, record: dict, force: bool, save: Callable[[], None]
+) -> str:  # what to say about it
+    "Run one phase if it has to."
     old = record.get(phase.name, {})
     missing = _missing(phase, phases, record, job.out)
     if missing:
         record[phase.name] = dict(status="blocked", error=missing)
         return f"not run, {missing}"
     now = fingerprint(phase, job, phases)
-    same = old.get("fingerprint") == now
-    if same and not force and old.get("status") in ("ok", "fresh") and all((job.out / m).is_file() for m in phase.makes):
+    if not force and _is_fresh(phase, job, old, now):
         record[phase.name] = {**old, "status": "fresh"}
         return "up to date"
-    if not same or force: _clear(phase, job.out)
+    if force or old.get("fingerprint") != now: _clear(phase, job.out)
     _say(f"{phase.name}: started")
     record[phase.name] = dict(status="running", fingerprint=now, started=utc_now())
     save()
-    entry = record[phase.name] = _attempt(phase, job, record[phase.name])
-    shown = ", ".join(f"{k} {format_number(v)}" for k, v in entry.get("numbers", {}).items())
-    return f"failed, {entry['error']}" if entry["status"] == "failed" else f"done in {entry['seconds']:.0f} s" + (f" ({shown})" if shown else "")
+    record[phase.name] = _attempt(phase, job, record[phase.name])
+    return _outcome(record[phase.name])
 
-# %% ../nbs/89_engine.ipynb #c025
+# %% ../nbs/89_engine.ipynb #c027
 def run_phases(
     phases: Sequence[Phase],  # in an order in which needs come first
     job: Job,
@@ -158,8 +171,9 @@ def run_phases(
     with lock_folder(job.out):
         path = job.out / "run.json"
         record = read_json(path).get("phases", {}) if path.is_file() else {}
-        facts = dict(profile=job.cfg.profile, seed=job.cfg.seed, device=job.cfg.device, video=job.video, truth=job.truth,
-                     config=hash_data(job.cfg.model_dump(mode="json")), versions=versions(), started=utc_now())
+        facts = dict(profile=job.cfg.profile, seed=job.cfg.seed, device=job.cfg.device, video=job.video,
+                     truth=job.truth, config=hash_data(job.cfg.model_dump(mode="json")), versions=versions(),
+                     started=utc_now())
         def save(**more: Any) -> None:
             ordered = {p.name: record.setdefault(p.name, dict(status="skipped")) for p in phases}
             write_json(path, {**facts, **more, "phases": ordered})

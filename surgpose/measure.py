@@ -66,11 +66,11 @@ def labelled_metrics(
     return metrics(*match_frames(predictions_dict(rows), truth), cfg)
 
 # %% ../nbs/89a_measure.ipynb #c012
-MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2", "box.AP50": "box AP50",
-            "pck.0.05.value": "keypoints within 5 % of the box diagonal", "pixel.tip.median_px": "median tip error, px",
-            "n_found": "detections"}
-TIP_MEASURES = {"within": "tip within 5 % of the diagonal", "median_share": "median tip error, share of the diagonal",
-                "found": "tips found"}
+MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2",
+            "box.AP50": "box AP50", "pck.0.05.value": "keypoints within 5 % of the box diagonal",
+            "pixel.tip.median_px": "median tip error, px", "n_found": "detections"}
+TIP_MEASURES = {"within": "tip within 5 % of the diagonal", "found": "tips found",
+                "median_share": "median tip error, share of the diagonal"}
 
 # %% ../nbs/89a_measure.ipynb #c013
 def tip_rows(
@@ -122,7 +122,8 @@ def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path 
                    truth: Path | None, seen: list[dict], device: str) -> list[dict]:
     from surgpose.pose.evaluate import tip_errors
     sets, labels = [], read_truth(truth) if truth and video else None
-    def add(name: str, unit: str, n: int, rows: list[dict]) -> None: sets.append(dict(name=name, unit=unit, n=n, rows=rows))
+    def add(name: str, unit: str, n: int, rows: list[dict]) -> None:
+        sets.append(dict(name=name, unit=unit, n=n, rows=rows))
     if data:
         old, new, *_ = [*(_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs), {}]
         add("synthetic validation", "images", old["n_images"], metric_rows(old, new))
@@ -157,8 +158,9 @@ def compare_runs(
     sets = _compared_sets(runs, out, cfg, data, video, truth or (find_truth(video) if video else None), seen, device)
     if len(seen) == 2 and predict.overlay: side_by_side(video, *folders, out / "side_by_side.mp4")
     gate = read_json(after / "refine.json") if (after / "refine.json").is_file() else {}
-    found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video, sets=sets,
-                 jitter_px=dict(zip(("before", "after"), [*map(_jitter, folders[:len(seen)]), None, None], strict=False)))
+    steady = [*map(_jitter, folders[:len(seen)]), None, None]
+    found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video,
+                 sets=sets, jitter_px=dict(before=steady[0], after=steady[1]))
     write_json(out / "compare.json", found)
     return found
 

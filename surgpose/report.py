@@ -83,8 +83,9 @@ def headline(
     tiles = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in shown.items())
     lines = "".join(f'<p class="{c}">{escape(t)}</p>' for c, t in (("question", question), ("verdict", verdict)) if t)
     text = "\n".join([*filter(None, (question, verdict)), *(f"{k}: {v}" for k, v in shown.items())])
-    display({"text/html": f'<div class="headline">{lines}<div class="tiles">{tiles}</div></div>', "text/plain": text,
-             HEADLINE: dict(question=question, verdict=verdict, numbers=list(shown.items()))}, raw=True)  # JSON forgets order
+    html = f'<div class="headline">{lines}<div class="tiles">{tiles}</div></div>'
+    data = dict(question=question, verdict=verdict, numbers=list(shown.items()))  # a list, for JSON forgets order
+    display({"text/html": html, "text/plain": text, HEADLINE: data}, raw=True)
 
 # %% ../nbs/91_report.ipynb #c014
 def verdict(
@@ -92,7 +93,8 @@ def verdict(
 ) -> None:
     "Show what the run says, at the end of a report."
     from IPython.display import display
-    display({"text/html": f'<div class="headline"><p class="verdict">{escape(text)}</p></div>', "text/plain": text}, raw=True)
+    html = f'<div class="headline"><p class="verdict">{escape(text)}</p></div>'
+    display({"text/html": html, "text/plain": text}, raw=True)
 
 # %% ../nbs/91_report.ipynb #c017
 def provenance(
@@ -119,8 +121,9 @@ def _weights_hash(folder: Path) -> str | None:
     return digest[:16] if digest else _file_hash(folder / "weights" / "best.pt")
 
 # %% ../nbs/91_report.ipynb #c023
-TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "int | None": int | None, "float | None": float | None,
-                         "str | None": str | None, "list[int]": list[int], "list[float]": list[float], "list[str]": list[str]}
+TYPES: dict[str, Any] = {
+    "int": int, "float": float, "bool": bool, "str": str, "int | None": int | None, "float | None": float | None,
+    "str | None": str | None, "list[int]": list[int], "list[float]": list[float], "list[str]": list[str]}
 
 # %% ../nbs/91_report.ipynb #c024
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ def read_parameters(
     for node in ast.parse(tagged[0]).body:
         kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) and node.value else None
         if kind not in TYPES:
-            raise ValueError(f"{notebook}, parameters: expected `name: type = default` with a type of {', '.join(TYPES)}, "
-                             f"got {ast.unparse(node)!r}")
+            raise ValueError(f"{notebook}, parameters: expected `name: type = default` with a type of "
+                             f"{', '.join(TYPES)}, got {ast.unparse(node)!r}")
         meaning = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
         found[node.target.id] = Parameter(kind, ast.literal_eval(node.value), meaning)
     return found
@@ -168,7 +171,8 @@ def parse_parameters(
         plain = yaml.safe_load(value) if isinstance(value, str) and not kind.startswith("str") else value
         try: parsed[name] = TypeAdapter(TYPES[kind]).validate_python(plain)
         except ValidationError as e:
-            raise ValueError(f"{where}: parameter {name}: expected {kind}, got {value!r}: {e.errors()[0]['msg']}") from None
+            why = e.errors()[0]["msg"]
+            raise ValueError(f"{where}: parameter {name}: expected {kind}, got {value!r}: {why}") from None
     return parsed
 
 # %% ../nbs/91_report.ipynb #c032
@@ -203,12 +207,12 @@ def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
     from traitlets.config import Config
     transport = "ipc" if len(jupyter_runtime_dir()) < 55 else "tcp"  # off the network, but a socket's path is short
     try:  # the timeout is per cell
-        papermill.execute_notebook(str(source), str(target), values, kernel_name="python3", progress_bar=False,
-                                   cwd=str(project_root()), execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
-                                   extra_arguments=["--IPKernelApp.log_level=50"],
-                                   config=Config(KernelManager=dict(transport=transport)))
+        papermill.execute_notebook(
+            str(source), str(target), values, kernel_name="python3", progress_bar=False, cwd=str(project_root()),
+            execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
+            extra_arguments=["--IPKernelApp.log_level=50"], config=Config(KernelManager=dict(transport=transport)))
     except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
-    except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel and a timeout are no error of papermill's
+    except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel, or a timeout
     return ""
 
 # %% ../nbs/91_report.ipynb #c036

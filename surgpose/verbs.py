@@ -136,7 +136,8 @@ class Predict(Verb):
 
     def run(self) -> Path:
         from surgpose.pose.predict import predict
-        return predict(self.source, self.place(self.out, "predictions"), self.predict, weights=self.weights, device=self.device)
+        out = self.place(self.out, "predictions")
+        return predict(self.source, out, self.predict, weights=self.weights, device=self.device)
 
 # %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +258,8 @@ class Run(Verb):
         as_usage(lambda: select_phases(PHASES, self.only, self.start))
         video = self.video or next(iter(videos_from_environment()), None)
         out = self.place(self.out, cfg.profile)
-        ok = run(cfg, out, video=video, truth=self.truth, weights_init=self.weights_init, only=self.only, start=self.start,
-                 force=self.force)
+        ok = run(cfg, out, video=video, truth=self.truth, weights_init=self.weights_init, only=self.only,
+                 start=self.start, force=self.force)
         if not ok: raise RuntimeError(f"not every phase finished; see {out / 'index.html'}")
         return out / "index.html"
 
