@@ -21,7 +21,7 @@ from ..config import RenderConfig
 from ..files import atomic_path, read_json, sha256_file, write_json
 from ..geometry import transform
 from .hands import capsule_mesh
-from .labels import Drawing, annotate, note, what_hides
+from .labels import Drawing, annotate, note, reach_probes, what_hides
 from .looks import crop_photo, develop, paste, texture
 from .parts import Background, Camera, Light, Scene
 from .scene import sample_scene
@@ -185,7 +185,8 @@ def draw_camera(
     causes = [[what_hides(lambda eye, way: shoot_ray(bproc, eye, way), camera, t, T, n, k) for k in range(len(t.keypoints_m))]
               for n, (t, T) in enumerate(zip(tools, poses, strict=True), 1)]
     by_blender = [blender_projection(transform(T, x), camera) for T, x in zip(poses, points, strict=True)]
-    return Drawing(finish(image, scene), numbers == np.arange(1, len(tools) + 1)[:, None, None], causes, np.array(points), np.array(by_blender))
+    masks = reach_probes(numbers == np.arange(1, len(tools) + 1)[:, None, None], camera, tools, poses, causes)
+    return Drawing(finish(image, scene), masks, causes, np.array(points), np.array(by_blender))
 
 # %% ../../nbs/22_blender.ipynb #c020
 def draw_scene(

@@ -19,8 +19,8 @@ from .parts import Camera, Scene, ToolPlacement
 from .tools import Tool
 
 # %% auto #0
-__all__ = ['Cast', 'TINY_PX', 'in_image', 'side_of', 'parent_side', 'what_hides', 'keypoints_px', 'asset_name', 'Drawing', 'note',
-           'annotate']
+__all__ = ['Cast', 'TINY_PX', 'in_image', 'side_of', 'parent_side', 'what_hides', 'reach_probes', 'keypoints_px', 'asset_name',
+           'Drawing', 'note', 'annotate']
 
 # %% ../../nbs/22b_labels.ipynb #c005
 def in_image(
@@ -70,6 +70,24 @@ def what_hides(
     return ""
 
 # %% ../../nbs/22b_labels.ipynb #c021
+def reach_probes(
+    masks: np.ndarray,  # (N, H, W) bool, as rendered
+    camera: Camera,
+    tools: list[Tool],  # N
+    T_world_tools: list[np.ndarray],  # N of (4, 4)
+    causes: list[list[str]],  # per tool and keypoint, as `what_hides` tells
+) -> np.ndarray:  # (N, H, W) bool
+    "Add the pixels of seen probes to the masks."
+    masks = masks.copy()
+    for i, (tool, T_world_tool) in enumerate(zip(tools, T_world_tools, strict=True)):
+        T_cam_tool = invert_rigid(camera.T_world_cam) @ T_world_tool
+        for probes, cause in zip(tool.probes_m, causes[i], strict=True):
+            if cause: continue
+            x, y = np.rint(project(transform(T_cam_tool, probes), camera.K)).astype(int).T
+            masks[:, y, x] = np.arange(len(masks))[:, None] == i
+    return masks
+
+# %% ../../nbs/22b_labels.ipynb #c025
 def keypoints_px(
     camera: Camera,
     T_cam_tool: np.ndarray,  # (4, 4)
@@ -83,14 +101,14 @@ def keypoints_px(
     out[out[:, 2] == Visibility.OUTSIDE] = 0
     return out
 
-# %% ../../nbs/22b_labels.ipynb #c025
+# %% ../../nbs/22b_labels.ipynb #c029
 def asset_name(
     asset: dict,
 ) -> str:  # short, and different for different tools
     "Name a tool in an annotation."
     return f"{asset['kind']}-{Path(asset['path']).stem if 'path' in asset else hash_data(asset)}"
 
-# %% ../../nbs/22b_labels.ipynb #c028
+# %% ../../nbs/22b_labels.ipynb #c032
 TINY_PX = 20  # a tool with fewer visible pixels is not annotated
 
 
@@ -103,7 +121,7 @@ class Drawing:
     keypoints_m: np.ndarray  # (N, 5, 3) tool frame, the CAD's order of jaws
     renderer_px: np.ndarray  # (N, 5, 2) where the renderer's own camera sees the keypoints
 
-# %% ../../nbs/22b_labels.ipynb #c029
+# %% ../../nbs/22b_labels.ipynb #c033
 def note(
     placed: ToolPlacement,
     drawing: Drawing,
@@ -117,7 +135,7 @@ def note(
                 hidden_by=dict(zip(KEYPOINTS, drawing.hidden_by[i], strict=True)),
                 against_renderer_px=round(float(np.nanmax(gaps, initial=0)), 6))
 
-# %% ../../nbs/22b_labels.ipynb #c030
+# %% ../../nbs/22b_labels.ipynb #c034
 def annotate(
     scene: Scene,
     drawing: Drawing,

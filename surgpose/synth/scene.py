@@ -14,7 +14,8 @@ from ..geometry import invert_rigid, project, transform
 from ..schema import CLASSES
 from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlacement, World
 from .placing import choose_asset, move_into_view, place_tool, sample_camera, split_of
-from .surroundings import grip, sample_background, sample_lights, sample_occluder, sample_post, sample_world
+from .surroundings import (grip, leaves_view, sample_background, sample_lights, sample_occluder, sample_post,
+                                          sample_world)
 from .tools import build_tool
 
 # %% auto #0
@@ -69,8 +70,10 @@ def sample_scene(
     occluders = [grip(rng, t) for t in tools if t.held and rng.random() < 0.75][:room]
     more = int(rng.binomial(room - len(occluders), 0.4))
     occluders += [sample_occluder(rng, tools[rng.integers(len(tools))]) for _ in range(more)]
-    lights = sample_lights(rng, cfg, strategy, tools[0].T_world_tool[:3, 3])
-    return Scene(index, seed, strategy, split, tools, tuple(occluders), lights, sample_world(rng, cfg, strategy, split),
+    middle = tools[0].T_world_tool[:3, 3]
+    occluders = tuple(o for o in occluders if leaves_view(o, camera, middle))
+    lights = sample_lights(rng, cfg, strategy, middle)
+    return Scene(index, seed, strategy, split, tools, occluders, lights, sample_world(rng, cfg, strategy, split),
                  background, (camera,), sample_post(rng, cfg))
 
 # %% ../../nbs/21_scene.ipynb #c018

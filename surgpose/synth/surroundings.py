@@ -12,15 +12,16 @@ import numpy as np
 from ..config import RenderConfig
 from ..geometry import look_at, rigid, transform
 from ..schema import HANDLE, HINGE
-from .hands import hand_capsules, transform_capsules
+from .hands import capsule_distance, hand_capsules, transform_capsules
 from .looks import TEXTURES
-from .parts import Background, Light, Occluder, Post, ToolPlacement, World
+from .parts import Background, Camera, Light, Occluder, Post, ToolPlacement, World
 from .placing import own_share, turned
 from .tools import build_tool
 
 # %% auto #0
 __all__ = ['GLOVES', 'SKINS', 'WORLDS', 'HDRI', 'PHOTO', 'VAL_TEXTURES', 'CLIP_TEXTURES', 'TABLE_SHARE', 'sample_hand_colour',
-           'grip', 'sample_occluder', 'listed', 'sample_world', 'sample_lights', 'sample_background', 'sample_post']
+           'grip', 'sample_occluder', 'leaves_view', 'listed', 'sample_world', 'sample_lights', 'sample_background',
+           'sample_post']
 
 # %% ../../nbs/21c_surroundings.ipynb #c005
 GLOVES = ((0.78, 0.78, 0.74), (0.85, 0.80, 0.68), (0.35, 0.52, 0.75), (0.16, 0.28, 0.55), (0.35, 0.6, 0.5), (0.06, 0.06, 0.07), (0.5, 0.4, 0.62))
@@ -77,9 +78,20 @@ def _reaching(rng: np.random.Generator, spot_m: np.ndarray) -> np.ndarray:
     return transform_capsules(rigid(R, spot_m - R @ fingertip), capsules)
 
 # %% ../../nbs/21c_surroundings.ipynb #c017
+def leaves_view(
+    occluder: Occluder,
+    camera: Camera,
+    target_m: np.ndarray,  # (3,) what the camera looks at
+    nearest: float = 0.3,  # share of the way to the target that must be free around the lens
+) -> bool:
+    "Tell whether an occluder keeps its distance from the lens."
+    eye = camera.T_world_cam[:3, 3]
+    return bool(capsule_distance(eye, occluder.capsules) > nearest * np.linalg.norm(target_m - eye))
+
+# %% ../../nbs/21c_surroundings.ipynb #c021
 WORLDS = {"train": ("city", "courtyard", "interior", "studio", "sunrise", "night"), "val": ("forest", "sunset")}
 
-# %% ../../nbs/21c_surroundings.ipynb #c018
+# %% ../../nbs/21c_surroundings.ipynb #c022
 def listed(
     folder: Path,
     suffixes: set[str],  # in small letters, with their dot
@@ -90,11 +102,11 @@ def listed(
     if not found: raise FileNotFoundError(f"{folder}: expected {what} ({', '.join(sorted(suffixes))}), found none")
     return found
 
-# %% ../../nbs/21c_surroundings.ipynb #c019
+# %% ../../nbs/21c_surroundings.ipynb #c023
 HDRI = ({".hdr", ".exr"}, "worlds")
 PHOTO = ({".jpg", ".jpeg", ".png"}, "photos")
 
-# %% ../../nbs/21c_surroundings.ipynb #c021
+# %% ../../nbs/21c_surroundings.ipynb #c025
 def sample_world(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -109,7 +121,7 @@ def sample_world(
     worlds = own_share(listed(cfg.hdri_dir, *HDRI), split, cfg.val_share) if cfg.hdri_dir else WORLDS[split]
     return World(str(worlds[rng.integers(len(worlds))]), (1.0, 1.0, 1.0), strength, turn)
 
-# %% ../../nbs/21c_surroundings.ipynb #c025
+# %% ../../nbs/21c_surroundings.ipynb #c029
 def sample_lights(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -127,12 +139,12 @@ def sample_lights(
         lights.append(Light(look_at(target_m + distance * way, target_m), float(rng.uniform(0.1, 0.5)), float(energy), tuple(tint.tolist())))
     return tuple(lights)
 
-# %% ../../nbs/21c_surroundings.ipynb #c029
+# %% ../../nbs/21c_surroundings.ipynb #c033
 VAL_TEXTURES = ("towel", "tissue")
 CLIP_TEXTURES = ("theatre",)  # for synth.clip alone
 TABLE_SHARE = {"studio": 0.85, "hdri": 0.7}  # how often there is a table under the tools
 
-# %% ../../nbs/21c_surroundings.ipynb #c030
+# %% ../../nbs/21c_surroundings.ipynb #c034
 def sample_background(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -150,7 +162,7 @@ def sample_background(
         name = str(photos[rng.integers(len(photos))])
     return Background("picture", name, seed, shadow=shadow)
 
-# %% ../../nbs/21c_surroundings.ipynb #c034
+# %% ../../nbs/21c_surroundings.ipynb #c038
 def sample_post(
     rng: np.random.Generator,
     cfg: RenderConfig,
