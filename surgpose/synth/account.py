@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['OFF', 'labelled_pictures', 'tool_notes', 'causes_table', 'fig_causes', 'strategy_table', 'settings_table',
-           'render_summary', 'render_verdict']
+__all__ = ['OFF', 'labelled_pictures', 'tool_notes', 'causes_table', 'fig_causes', 'say_causes', 'strategy_table',
+           'settings_table', 'render_summary', 'render_verdict']
 
 # %% ../../nbs/25_account.ipynb #c005
 def labelled_pictures(
@@ -88,7 +88,19 @@ def fig_causes(
     fig.legend(loc="outside lower center", ncols=len(table.columns))
     return fig
 
-# %% ../../nbs/25_account.ipynb #c017
+# %% ../../nbs/25_account.ipynb #c015
+def say_causes(
+    notes: pd.DataFrame,  # of `tool_notes`
+) -> str:  # one sentence
+    "Say which keypoint is hidden most, and by what."
+    table = causes_table(notes)
+    hidden = table.drop(columns=["seen", "outside"])
+    if not len(notes) or not hidden.to_numpy().sum(): return "No keypoint is hidden."
+    point = hidden.sum(1).idxmax()
+    return (f"Hidden most often: {point} ({hidden.loc[point].sum():.0f} %), mostly by {hidden.loc[point].idxmax()}; over all keypoints, "
+            f"{hidden.sum().idxmax()} hides most. self is the tool's own other side, border a midpoint with one parent outside.")
+
+# %% ../../nbs/25_account.ipynb #c019
 def strategy_table(
     folder: Path | str,  # dataset folder
 ) -> pd.DataFrame:  # a row per strategy
@@ -101,12 +113,12 @@ def strategy_table(
     for name in weights:
         own = [i for i, s in strategies.items() if s == name]
         seconds = [facts["seconds"][str(i)] for i in own]
-        rows[name] = {"asked, %": 100 * weights[name] / sum(weights.values()), "images": len(own),
-                      "got, %": 100 * len(own) / max(len(strategies), 1), "tools": int(notes[notes.strategy == name].annotated.sum()),
-                      "seconds an image": float(np.median(seconds)) if seconds else np.nan}
-    return pd.DataFrame(rows).T
+        rows[name] = {"asked, %": round(100 * weights[name] / sum(weights.values()), 1), "images": len(own),
+                      "got, %": round(100 * len(own) / max(len(strategies), 1), 1), "tools": int(notes[notes.strategy == name].annotated.sum()),
+                      "seconds an image": round(float(np.median(seconds)), 2) if seconds else np.nan}
+    return pd.DataFrame(rows, dtype=object).T
 
-# %% ../../nbs/25_account.ipynb #c019
+# %% ../../nbs/25_account.ipynb #c021
 def settings_table(
     folder: Path | str,  # dataset folder
 ) -> pd.DataFrame:  # setting, value, meaning
@@ -118,10 +130,10 @@ def settings_table(
     rows = [(name, str(value), "" if value == usual.get(name) else "own", meaning.get(name, "")) for name, value in config.items()]
     return pd.DataFrame(rows, columns=["setting", "value", "changed", "meaning"])
 
-# %% ../../nbs/25_account.ipynb #c022
+# %% ../../nbs/25_account.ipynb #c024
 OFF = "off the renderer's camera, px"
 
-# %% ../../nbs/25_account.ipynb #c023
+# %% ../../nbs/25_account.ipynb #c025
 def render_summary(
     folder: Path | str,  # dataset folder
 ) -> dict[str, Any]:  # label -> number
@@ -134,7 +146,7 @@ def render_summary(
             "tools too small to label": int((~notes.annotated).sum()), "scenes failed": len(facts["failed"]),
             "asked": facts["config"]["images"], **{name: int((kept.class_name == name).sum()) for name in CLASSES}}
 
-# %% ../../nbs/25_account.ipynb #c025
+# %% ../../nbs/25_account.ipynb #c027
 def render_verdict(
     summary: dict[str, Any],  # of `render_summary`
 ) -> str:  # one or two sentences
@@ -145,4 +157,4 @@ def render_verdict(
     faults += [f"there is no {name.replace('_', ' ')}" for name in CLASSES if not summary[name]]
     counted = f"{summary['images']} images with {summary['tools']} labelled tools, {summary['seconds an image']} s each"
     if faults: return f"Look at it before training: {'; '.join(faults)} ({counted})."
-    return f"All {counted}; labels and Blender's own camera agree within {summary[OFF]} px."
+    return f"All {counted}; labels and the renderer's own camera agree within {max(summary[OFF], 0.001):.3f} px."

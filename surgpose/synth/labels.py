@@ -128,12 +128,13 @@ def note(
     camera: Camera,
     i: int,  # which tool
 ) -> dict:  # plain data
-    "Tell what became of a tool."
-    xyz_cam_m = transform(invert_rigid(camera.T_world_cam) @ placed.T_world_tool, drawing.keypoints_m[i])
-    gaps, visible = np.abs(project(xyz_cam_m, camera.K) - drawing.renderer_px[i]), int(drawing.masks[i].sum())
+    "Tell what became of a tool; its jaws are named as in the annotation."
+    xy = project(transform(invert_rigid(camera.T_world_cam) @ placed.T_world_tool, drawing.keypoints_m[i]), camera.K)
+    places = order_jaws(np.c_[xy, np.arange(len(xy))])[:, 2].astype(int)
+    visible = int(drawing.masks[i].sum())
     return dict(tool=i, class_name=placed.class_name, visible_px=visible, annotated=visible >= TINY_PX,
-                hidden_by=dict(zip(KEYPOINTS, drawing.hidden_by[i], strict=True)),
-                against_renderer_px=round(float(np.nanmax(gaps, initial=0)), 6))
+                hidden_by={name: drawing.hidden_by[i][k] for name, k in zip(KEYPOINTS, places, strict=True)},
+                against_renderer_px=round(float(np.nanmax(np.abs(xy - drawing.renderer_px[i]), initial=0)), 6))
 
 # %% ../../nbs/22b_labels.ipynb #c034
 def annotate(

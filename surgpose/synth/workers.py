@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def draw_all(
     with ThreadPoolExecutor(max(1, len(shards))) as pool:
         running = [pool.submit(draw_shard, crew, shard) for shard in shards]
         try:
-            for future in running: future.result()
+            for future in wait(running, return_when=FIRST_EXCEPTION).done: future.result()
         finally:
             crew.stop.set()
             for process in crew.processes: process.kill()
