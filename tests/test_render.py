@@ -186,14 +186,24 @@ def hand_made(tmp_path_factory) -> dict[str, tuple[Scene, dict]]:
     one = sample_scene(4, 0, plain.model_copy(update=dict(tools_per_image={1: 1})))
     calibrated = sample_scene(1, 0, plain.model_copy(update=dict(camera_json=camera, res_scale=0.5)))
     foreign = sample_scene(0, 0, plain.model_copy(update=dict(models_dir=root / "models")))
+    (root / "worlds" / "mine").mkdir(parents=True)
+    cv2.imwrite(str(root / "worlds" / "mine" / "mine_2k.hdr"), np.full((16, 32, 3), (0.1, 0.1, 40.0), np.float32))
+    (root / "photos").mkdir()
+    cv2.imwrite(str(root / "photos" / "red.png"), np.full((90, 70, 3), (0, 0, 200), np.uint8))
+    lit = sample_scene(0, 0, plain.model_copy(update=dict(hdri_dir=root / "worlds", strategy_mix={"hdri": 1.0})))
+    own_world = replace(lit, background=replace(lit.background, kind="world"), lights=())
+    own_photo = sample_scene(0, 0, plain.model_copy(update=dict(backgrounds_dir=root / "photos",
+                                                                strategy_mix={"composite": 1.0})))
     scenes = dict(pair=pair, mirrored=mirrored(pair), covered=ball_before_hinge(one, 0.0),
                   beside=ball_before_hinge(one, 0.05), calibrated=calibrated, foreign=foreign,
-                  two_cameras=replace(one, cameras=one.cameras + calibrated.cameras))
+                  two_cameras=replace(one, cameras=one.cameras + calibrated.cameras), own_world=own_world,
+                  own_photo=own_photo)
     scenes = {name: replace(scene, index=i) for i, (name, scene) in enumerate(scenes.items())}
     crew = Crew(root, plain, 0, "cpu")
     draw_all(crew, [s.to_dict() for s in scenes.values()])
     assert crew.failed == {}
-    return {name: (s, read_json(root / RECORDS / f"{s.index:06d}.json")) for name, s in scenes.items()}
+    records = {name: read_json(root / RECORDS / f"{s.index:06d}.json") for name, s in scenes.items()}
+    return {name: (s, {**records[name], "root": root}) for name, s in scenes.items()}
 
 
 def test_a_mirrored_render_obeys_the_rule_of_left_and_right(hand_made):
@@ -234,6 +244,15 @@ def test_foreign_meshes_take_the_place_of_parametric_tools(hand_made):
     rows = record["shots"][0]["annotations"]
     assert rows and {r["asset"] for r in rows} == {"obj-mine"}
     assert {t.asset["kind"] for t in scene.tools} == {"obj"}
+
+
+@pytest.mark.parametrize("name", ["own_world", "own_photo"])
+def test_worlds_and_photos_of_the_user_are_seen(hand_made, name):
+    "Both are red, and however bright a world is, it is exposed for."
+    _, record = hand_made[name]
+    image = cv2.imread(str(record["root"] / record["shots"][0]["file_name"]))
+    blue, green, red = np.median(image.reshape(-1, 3), 0)
+    assert red > 60 and red > 1.5 * max(blue, green)
 
 
 def test_a_scene_has_one_picture_per_camera(hand_made):

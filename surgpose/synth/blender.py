@@ -25,15 +25,14 @@ from .labels import Drawing, annotate, note, reach_probes, what_hides
 from .looks import crop_photo, develop, paste, texture
 from .parts import Background, Camera, Light, Scene
 from .scene import sample_scene
-from .startup import start_blender
+from .startup import start_blender as start_blender
 from .tools import Tool, build_tool
 
 # %% auto #0
 __all__ = ['T_CV_BLENDER', 'mean_light', 'build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'draw_camera',
-           'draw_scene', 'background_picture', 'finish', 'write_scene', 'run_job', 'main', 'start_blender']
+           'draw_scene', 'background_picture', 'finish', 'write_scene', 'run_job', 'main']
 
 # %% ../../nbs/22_blender.ipynb #c005
-_all_ = ["start_blender"]
 T_CV_BLENDER = np.diag([1.0, -1, -1, 1])  # Blender's cameras and lamps look along -z, y up
 
 # %% ../../nbs/22_blender.ipynb #c006
@@ -114,7 +113,7 @@ def _set_world(bproc: Any, scene: Scene) -> None:
         bproc.world.set_world_background_hdr_img(str(path), strength=strength, rotation_euler=[0.0, 0.0, world.turn_rad])
     here.cycles.sampling_method, here.cycles.sample_map_resolution = "MANUAL", 256  # the automatic map costs seconds
 
-# %% ../../nbs/22_blender.ipynb #c013
+# %% ../../nbs/22_blender.ipynb #c014
 def build_scene(
     bproc: Any,
     scene: Scene,
@@ -135,7 +134,7 @@ def build_scene(
     for i, thing in enumerate(bproc.object.get_all_mesh_objects(), 1): thing.blender_obj.pass_index = i
     return tools
 
-# %% ../../nbs/22_blender.ipynb #c015
+# %% ../../nbs/22_blender.ipynb #c016
 def shoot_ray(
     bproc: Any,
     eye_m: np.ndarray,  # (3,) world
@@ -145,7 +144,7 @@ def shoot_ray(
     hit, at, _, _, thing, _ = bproc.object.scene_ray_cast(eye_m.tolist(), way.tolist())
     return (thing.get_name(), int(thing.get_cp("tool")), np.array(at)) if hit else None
 
-# %% ../../nbs/22_blender.ipynb #c016
+# %% ../../nbs/22_blender.ipynb #c018
 def set_camera(
     bproc: Any,
     camera: Camera,
@@ -155,7 +154,7 @@ def set_camera(
     bproc.utility.reset_keyframes()
     bproc.camera.add_camera_pose(camera.T_world_cam @ T_CV_BLENDER)
 
-# %% ../../nbs/22_blender.ipynb #c017
+# %% ../../nbs/22_blender.ipynb #c020
 def blender_projection(
     xyz_m: np.ndarray,  # (N, 3) world
     camera: Camera,
@@ -168,7 +167,7 @@ def blender_projection(
     shares = [world_to_camera_view(bpy.context.scene, bpy.context.scene.camera, Vector(x)) for x in xyz_m]
     return np.array([[u * camera.width - 0.5, (1 - v) * camera.height - 0.5] for u, v, _ in shares])
 
-# %% ../../nbs/22_blender.ipynb #c019
+# %% ../../nbs/22_blender.ipynb #c022
 def draw_camera(
     bproc: Any,
     scene: Scene,
@@ -188,7 +187,7 @@ def draw_camera(
     masks = reach_probes(numbers == np.arange(1, len(tools) + 1)[:, None, None], camera, tools, poses, causes)
     return Drawing(finish(image, scene), masks, causes, np.array(points), np.array(by_blender))
 
-# %% ../../nbs/22_blender.ipynb #c020
+# %% ../../nbs/22_blender.ipynb #c024
 def draw_scene(
     bproc: Any,
     scene: Scene,
@@ -197,7 +196,7 @@ def draw_scene(
     tools = build_scene(bproc, scene)
     return [draw_camera(bproc, scene, tools, camera) for camera in scene.cameras]
 
-# %% ../../nbs/22_blender.ipynb #c022
+# %% ../../nbs/22_blender.ipynb #c026
 def background_picture(
     background: Background,
     width: int,  # px
@@ -209,7 +208,7 @@ def background_picture(
     if photo is None: raise ValueError(f"{background.texture}: expected a photo, cannot decode it")
     return crop_photo(photo, width, height, background.seed)
 
-# %% ../../nbs/22_blender.ipynb #c023
+# %% ../../nbs/22_blender.ipynb #c028
 def finish(
     image: np.ndarray,  # (H, W, 3) BGR or (H, W, 4) BGRA, uint8, as rendered
     scene: Scene,
@@ -224,7 +223,7 @@ def finish(
     return develop(image, seed=post.seed, brightness=post.brightness, gamma=post.gamma, white_bgr=post.white_bgr,
                    blur_sigma_px=post.blur_sigma_px, noise_sigma=post.noise_sigma)
 
-# %% ../../nbs/22_blender.ipynb #c027
+# %% ../../nbs/22_blender.ipynb #c032
 def write_scene(
     bproc: Any,
     scene: Scene,
@@ -241,7 +240,7 @@ def write_scene(
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
 
-# %% ../../nbs/22_blender.ipynb #c028
+# %% ../../nbs/22_blender.ipynb #c034
 def run_job(
     job: dict,  # out, config, seed, device, threads, parent (process id), scenes (indices or plain data)
 ) -> None:
@@ -260,7 +259,7 @@ def run_job(
         except Exception as e: line = dict(index=index, error=f"{type(e).__name__}: {e}")
         print(json.dumps(line), file=say, flush=True)
 
-# %% ../../nbs/22_blender.ipynb #c029
+# %% ../../nbs/22_blender.ipynb #c036
 def main(
     argv: list[str],  # one path, the job's JSON
 ) -> None:
@@ -273,7 +272,6 @@ def main(
         traceback.print_exc()
     finally:
         sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)  # Python's own way out ends in a segmentation fault inside bpy
+        os._exit(code)
 
-# %% ../../nbs/22_blender.ipynb #c030
 if __name__ == "__main__" and globals().get("__package__"): main(sys.argv[1:])  # not in a notebook, which is __main__ too

@@ -61,7 +61,7 @@ def tool_path(
         placed.append(ToolPlacement(asset, class_name, rigid(R, shift), float(opening), material, True))
     return placed
 
-# %% ../../nbs/24_clip.ipynb #c010
+# %% ../../nbs/24_clip.ipynb #c012
 def held_by(
     rng: np.random.Generator,
     path: list[ToolPlacement],
@@ -78,7 +78,7 @@ def held_by(
     T_tool_hand[:3, 3] = at - T_tool_hand[:3, :3] @ pinch
     return [Occluder("hand", transform_capsules(p.T_world_tool @ T_tool_hand, capsules), 0.006, colour, 0.5) for p in path]
 
-# %% ../../nbs/24_clip.ipynb #c012
+# %% ../../nbs/24_clip.ipynb #c016
 def suction(
     rng: np.random.Generator,
     t_s: np.ndarray,  # (F,) seconds
@@ -89,7 +89,7 @@ def suction(
     rows = [np.array([[*e, *(e + bend), 0.0022, 0.003], [*(e + bend), *(e + far), 0.003, 0.004]]) for e in ends]
     return [Occluder("tube", r, 0.002, (0.75, 0.75, 0.78), 0.2) for r in rows]
 
-# %% ../../nbs/24_clip.ipynb #c014
+# %% ../../nbs/24_clip.ipynb #c018
 def clip_camera(
     rng: np.random.Generator,
     t_s: np.ndarray,  # (F,) seconds
@@ -102,7 +102,7 @@ def clip_camera(
     eyes = np.array([0.02, -0.14, 0.46]) + np.stack([drift(rng, t_s, 0.003) for _ in range(3)], 1)
     return [Camera(K, cfg.width, cfg.height, look_at(e, t)) for e, t in zip(eyes, targets, strict=True)]
 
-# %% ../../nbs/24_clip.ipynb #c015
+# %% ../../nbs/24_clip.ipynb #c020
 def sample_clip(
     frames: int,
     cfg: RenderConfig,  # width, height and materials count
@@ -124,7 +124,7 @@ def sample_clip(
                   Post(int(noise[k]), 0.0, 1.0, (1.02, 1.0, 0.97), 0.6, 2.0, 98))
             for k, camera in enumerate(clip_camera(rng, t_s, cfg))]
 
-# %% ../../nbs/24_clip.ipynb #c019
+# %% ../../nbs/24_clip.ipynb #c024
 def frame_labels(
     record: dict,  # of one frame, as synth.blender writes it
     video: str,  # the clip's file name
@@ -135,7 +135,7 @@ def frame_labels(
     image |= dict(file_name=f"{Path(video).stem}/{frame:06d}.jpg", video=video, frame=frame, t_s=round(frame / fps, 6), scene=0)
     return image, record_to_annotations(record)
 
-# %% ../../nbs/24_clip.ipynb #c020
+# %% ../../nbs/24_clip.ipynb #c027
 def render_clip(
     out_mp4: Path | str,
     coco_path: Path | str,  # exact labels, one COCO image per frame

@@ -23,7 +23,6 @@ def _finger(base: np.ndarray, lengths: np.ndarray, bends: np.ndarray, spread: fl
 # %% ../../nbs/21e_hands.ipynb #c006
 INDEX_TIP = 7  # row of the index finger's last phalanx; rows 5 to 16 are the fingers, three each
 
-# %% ../../nbs/21e_hands.ipynb #c007
 def hand_capsules(
     rng: np.random.Generator,
     curl: float = 0.8,  # how far the fingers are bent, 0 open to 1.2 fist
@@ -46,7 +45,7 @@ def hand_capsules(
     if rng.random() < 0.5: capsules[:, [1, 4]] *= -1; pinch = pinch * (1, -1, 1)
     return capsules, pinch
 
-# %% ../../nbs/21e_hands.ipynb #c011
+# %% ../../nbs/21e_hands.ipynb #c010
 def transform_capsules(
     T_a_b: np.ndarray,  # (4, 4) rigid
     capsules_b: np.ndarray,  # (N, 8)
@@ -55,7 +54,7 @@ def transform_capsules(
     ends = capsules_b[:, :6].reshape(-1, 2, 3) @ T_a_b[:3, :3].T + T_a_b[:3, 3]
     return np.concatenate([ends.reshape(-1, 6), capsules_b[:, 6:]], 1)
 
-# %% ../../nbs/21e_hands.ipynb #c015
+# %% ../../nbs/21e_hands.ipynb #c014
 def capsule_distance(
     xyz_m: np.ndarray,  # (..., 3)
     capsules: np.ndarray,  # (N, 8)
@@ -73,7 +72,7 @@ def capsule_distance(
             nearest = np.minimum(nearest, d) - (overlap**2 / (4 * blend_m) if blend_m else 0)
     return nearest
 
-# %% ../../nbs/21e_hands.ipynb #c018
+# %% ../../nbs/21e_hands.ipynb #c017
 def capsule_mesh(
     capsules: np.ndarray,  # (N, 8) metres
     blend_m: float = 0.006,  # as in `capsule_distance`

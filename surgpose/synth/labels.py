@@ -49,7 +49,6 @@ def parent_side(
 Cast = Callable[[np.ndarray, np.ndarray], tuple[str, int, np.ndarray] | None]
 # eye and direction, (3,) world -> name of what is met first, its tool number (0: no tool), where; None for nothing
 
-# %% ../../nbs/22b_labels.ipynb #c015
 def what_hides(
     cast: Cast,
     camera: Camera,
@@ -69,7 +68,7 @@ def what_hides(
         if np.linalg.norm(met_m - at_m) > credit * tool.probe_radius_m[k]: return "self"
     return ""
 
-# %% ../../nbs/22b_labels.ipynb #c021
+# %% ../../nbs/22b_labels.ipynb #c020
 def reach_probes(
     masks: np.ndarray,  # (N, H, W) bool, as rendered
     camera: Camera,
@@ -87,7 +86,7 @@ def reach_probes(
             masks[:, y, x] = np.arange(len(masks))[:, None] == i
     return masks
 
-# %% ../../nbs/22b_labels.ipynb #c025
+# %% ../../nbs/22b_labels.ipynb #c024
 def keypoints_px(
     camera: Camera,
     T_cam_tool: np.ndarray,  # (4, 4)
@@ -101,14 +100,14 @@ def keypoints_px(
     out[out[:, 2] == Visibility.OUTSIDE] = 0
     return out
 
-# %% ../../nbs/22b_labels.ipynb #c029
+# %% ../../nbs/22b_labels.ipynb #c028
 def asset_name(
     asset: dict,
 ) -> str:  # short, and different for different tools
     "Name a tool in an annotation."
     return f"{asset['kind']}-{Path(asset['path']).stem if 'path' in asset else hash_data(asset)}"
 
-# %% ../../nbs/22b_labels.ipynb #c032
+# %% ../../nbs/22b_labels.ipynb #c031
 TINY_PX = 20  # a tool with fewer visible pixels is not annotated
 
 
@@ -136,7 +135,7 @@ def note(
                 hidden_by={name: drawing.hidden_by[i][k] for name, k in zip(KEYPOINTS, places, strict=True)},
                 against_renderer_px=round(float(np.nanmax(np.abs(xy - drawing.renderer_px[i]), initial=0)), 6))
 
-# %% ../../nbs/22b_labels.ipynb #c034
+# %% ../../nbs/22b_labels.ipynb #c036
 def annotate(
     scene: Scene,
     drawing: Drawing,

@@ -41,7 +41,7 @@ def shade(
     dy, dx = np.gradient(height_px)
     return 1 + (np.cos(azimuth_rad) * dx + np.sin(azimuth_rad) * dy) / np.sqrt(1 + dx**2 + dy**2)
 
-# %% ../../nbs/21d_looks.ipynb #c010
+# %% ../../nbs/21d_looks.ipynb #c012
 def rotated(
     make: Callable[[int, int], np.ndarray],  # (height, width) -> (height, width) array
     height: int,  # px
@@ -54,12 +54,12 @@ def rotated(
     turn[:, 2] -= (side - width) / 2, (side - height) / 2
     return cv2.warpAffine(make(side, side).astype(np.float32), turn, (width, height), borderMode=cv2.BORDER_REFLECT)
 
-# %% ../../nbs/21d_looks.ipynb #c014
+# %% ../../nbs/21d_looks.ipynb #c016
 def _hsv(rng: np.random.Generator, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
     h, s, v = rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value)
     return cv2.cvtColor(np.array([[[h * 360, s, v]]], np.float32), cv2.COLOR_HSV2RGB)[0, 0]
 
-# %% ../../nbs/21d_looks.ipynb #c015
+# %% ../../nbs/21d_looks.ipynb #c017
 def _drape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     hue = [(0.40, 0.50), (0.52, 0.62), (0.33, 0.40), (0.58, 0.66)][rng.choice(4, p=[0.4, 0.35, 0.1, 0.15])]
     colour, folds = _hsv(rng, hue, (0.25, 0.8), (0.2, 0.75)), rng.uniform(0.04, 0.3) * min(height, width)
@@ -67,7 +67,7 @@ def _drape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     weave = 1 + rng.uniform(0, 0.06) * rng.standard_normal((height, width))
     return colour * (np.clip(shade(relief * folds, rng.uniform(0, 6.3)), 0.3, 1.6) * weave)[..., None]
 
-# %% ../../nbs/21d_looks.ipynb #c016
+# %% ../../nbs/21d_looks.ipynb #c018
 def _skin(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     tone, red = _hsv(rng, (0.01, 0.09), (0.2, 0.55), (0.35, 0.95)), _hsv(rng, (-0.03, 0.02), (0.4, 0.8), (0.3, 0.7))
     blotch = fractal_noise(rng, height, width, rng.uniform(2, 6), 5)[..., None] ** 2
@@ -76,7 +76,7 @@ def _skin(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     wet = fractal_noise(rng, height, width, 12, 3)[..., None]
     return skin + rng.uniform(0, 0.6) * np.clip(wet - 0.75, 0, 1) * 3
 
-# %% ../../nbs/21d_looks.ipynb #c017
+# %% ../../nbs/21d_looks.ipynb #c019
 def _tissue(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     dark, light = _hsv(rng, (-0.03, 0.02), (0.6, 0.9), (0.15, 0.5)), _hsv(rng, (0.0, 0.08), (0.25, 0.6), (0.5, 0.9))
     bulge = fractal_noise(rng, height, width, rng.uniform(3, 9), 4)
@@ -85,20 +85,20 @@ def _tissue(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     gloss = np.clip(lit - rng.uniform(1.15, 1.4), 0, 1) * 2
     return (dark * (1 - mix) + light * mix) * np.clip(lit, 0.2, 1.4)[..., None] + gloss[..., None]
 
-# %% ../../nbs/21d_looks.ipynb #c018
+# %% ../../nbs/21d_looks.ipynb #c020
 def _steel(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     brushed = rotated(lambda h, w: fractal_noise(rng, h, w, max(h, w) / 3, 2, stretch=w / 6), height, width, rng.uniform(0, 180))
     sheen = fractal_noise(rng, height, width, rng.uniform(1, 3), 2)
     grey = rng.uniform(0.25, 0.75) * (1 + rng.uniform(0.02, 0.25) * (brushed - 0.5)) + rng.uniform(0.05, 0.5) * (sheen - 0.5)
     return grey[..., None] * (1 + rng.uniform(-0.06, 0.06, 3))
 
-# %% ../../nbs/21d_looks.ipynb #c019
+# %% ../../nbs/21d_looks.ipynb #c021
 def _plain(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     slope = fractal_noise(rng, height, width, rng.uniform(1, 2), rng.integers(1, 3))[..., None]
     grain = rng.uniform(0, 0.03) * rng.standard_normal((height, width, 1))
     return _hsv(rng, (0, 1), (0, 0.25), (0.25, 0.9)) * (1 - rng.uniform(0, 0.5) * slope) + grain
 
-# %% ../../nbs/21d_looks.ipynb #c020
+# %% ../../nbs/21d_looks.ipynb #c022
 def _towel(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     pitch = rng.uniform(5, 16) * max(height, width) / 320
     def weave(h: int, w: int) -> np.ndarray:
@@ -108,7 +108,7 @@ def _towel(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     soft = fractal_noise(rng, height, width, 4, 3) * 0.4
     return _hsv(rng, (0.4, 0.7), (0, 0.4), (0.6, 1.0)) * (0.5 + grid + soft)[..., None]
 
-# %% ../../nbs/21d_looks.ipynb #c022
+# %% ../../nbs/21d_looks.ipynb #c024
 def _draw_scrap(canvas: np.ndarray, rng: np.random.Generator) -> None:
     h, w = canvas.shape[:2]
     a = rng.uniform(-0.1, 1.1, 2) * (w, h)
@@ -124,14 +124,14 @@ def _draw_scrap(canvas: np.ndarray, rng: np.random.Generator) -> None:
     elif form == 2: cv2.fillConvexPoly(canvas, np.int32([a, b, b + rng.normal(0, 0.1, 2) * (w, h)]), colour.tolist(), cv2.LINE_AA)
     else: cv2.polylines(canvas, [np.int32(a + np.cumsum(rng.normal(0, 0.07, (9, 2)) * (w, h), 0))], False, colour.tolist(), max(1, thick // 4), cv2.LINE_AA)
 
-# %% ../../nbs/21d_looks.ipynb #c023
+# %% ../../nbs/21d_looks.ipynb #c025
 def _clutter(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     base = (_drape, _plain, _steel, _skin, _towel)[rng.integers(5)]
     canvas = np.ascontiguousarray(base(rng, height, width), np.float32)
     for _ in range(rng.integers(3, 14)): _draw_scrap(canvas, rng)
     return cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 2.5))
 
-# %% ../../nbs/21d_looks.ipynb #c024
+# %% ../../nbs/21d_looks.ipynb #c026
 def _field(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     outside, inside = _drape(rng, height, width), (_skin, _tissue)[rng.integers(2)](rng, height, width)
     centre, axes = rng.uniform(0.3, 0.7, 2) * (width, height), rng.uniform(0.15, 0.4, 2) * (width, height)
@@ -142,7 +142,7 @@ def _field(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     hole = np.clip((soft + 0.3 * wobble * (soft > 0.01) * (soft < 0.99) - 0.5) * 12 + 0.5, 0, 1)[..., None]
     return outside * (1 - hole) + inside * hole
 
-# %% ../../nbs/21d_looks.ipynb #c025
+# %% ../../nbs/21d_looks.ipynb #c027
 def _theatre(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     cloth = np.array([0.06, 0.36, 0.31]) * (1 + rng.normal(0, 0.05, 3))
     relief = rotated(lambda h, w: fractal_noise(rng, h, w, 5, 4, 3, 0.5), height, width, rng.uniform(0, 180))
@@ -155,13 +155,12 @@ def _theatre(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     skin = skin * (1 - np.sqrt(wound)) + np.array([0.35, 0.05, 0.05]) * np.sqrt(wound)
     return outside * (1 - patch) + skin * patch
 
-# %% ../../nbs/21d_looks.ipynb #c026
+# %% ../../nbs/21d_looks.ipynb #c028
 TEXTURES: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
     "drape": _drape, "skin": _skin, "tissue": _tissue, "steel": _steel, "plain": _plain, "towel": _towel,
     "clutter": _clutter, "field": _field, "theatre": _theatre,
 }
 
-# %% ../../nbs/21d_looks.ipynb #c027
 def texture(
     kind: str,  # one of `TEXTURES`
     seed: int,
@@ -173,7 +172,7 @@ def texture(
     rgb = TEXTURES[kind](np.random.default_rng(seed), height, width)
     return (np.clip(rgb, 0, 1)[..., ::-1] * 255 + 0.5).astype(np.uint8)
 
-# %% ../../nbs/21d_looks.ipynb #c031
+# %% ../../nbs/21d_looks.ipynb #c032
 def paste(
     cutout_bgra: np.ndarray,  # (H, W, 4) uint8, straight alpha
     background_bgr: np.ndarray,  # (H, W, 3) uint8
@@ -189,7 +188,7 @@ def paste(
     ground = background_bgr * (1 - shadow * cast)
     return (cutout_bgra[..., :3] * alpha + ground * (1 - alpha) + 0.5).astype(np.uint8)
 
-# %% ../../nbs/21d_looks.ipynb #c032
+# %% ../../nbs/21d_looks.ipynb #c034
 def crop_photo(
     photo_bgr: np.ndarray,  # (H, W, 3) uint8
     width: int,  # px
@@ -205,7 +204,7 @@ def crop_photo(
     window = photo_bgr[y:y + ch, x:x + cw][:, :: -1 if rng.random() < 0.5 else 1]
     return cv2.resize(window, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
 
-# %% ../../nbs/21d_looks.ipynb #c036
+# %% ../../nbs/21d_looks.ipynb #c038
 def develop(
     image_bgr: np.ndarray,  # (H, W, 3) uint8
     *,

@@ -152,7 +152,7 @@ def length_m(
     xyz_m = build_tool(placed.asset, placed.opening_deg).keypoints_m
     return float(np.linalg.norm(xyz_m[TIP] - xyz_m[HANDLE]))
 
-# %% ../../nbs/21b_placing.ipynb #c035
+# %% ../../nbs/21b_placing.ipynb #c037
 def sample_camera(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -168,7 +168,7 @@ def sample_camera(
     target = np.array([*(rng.uniform(-0.8, 0.8, 2) * spare_m), first.T_world_tool[2, 3]])
     return Camera(K, width, height, look_at(target + distance * towards, target, rng.normal(0, 0.15)))
 
-# %% ../../nbs/21b_placing.ipynb #c039
+# %% ../../nbs/21b_placing.ipynb #c041
 def move_into_view(
     rng: np.random.Generator,
     placed: ToolPlacement,

@@ -5,6 +5,7 @@
 # %% ../../nbs/23_render.ipynb #c002
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,18 +14,28 @@ from typing import Any
 from ..config import RenderConfig
 from ..data.coco import new_coco, write_coco
 from ..files import MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, write_json, write_manifest
+from ..schema import CLASSES
+from .mesh_import import import_obj
 from .placing import read_camera
 from .surroundings import HDRI, PHOTO, listed
 from .workers import RECORDS, Crew, draw_all
 
 # %% auto #0
-__all__ = ['FREE', 'check_inputs', 'check_models', 'check_space', 'check_same', 'finished_records', 'record_to_images',
-           'record_to_annotations', 'assemble', 'dumps', 'render', 'draw_missing']
+__all__ = ['FREE', 'check_models', 'check_inputs', 'check_space', 'check_same', 'finished_records', 'record_to_images',
+           'record_to_annotations', 'dumps', 'assemble', 'draw_missing', 'render']
 
 # %% ../../nbs/23_render.ipynb #c005
-FREE = ("workers", "scenes_per_worker", "timeout_s")  # settings that change how, not what
+def check_models(
+    cfg: RenderConfig,
+) -> int:  # how many OBJ files there are
+    "Read every OBJ and its keypoints once."
+    files = [(name, path) for name in CLASSES for path in sorted((cfg.models_dir / name).glob("*.obj"))]
+    if not files:
+        raise FileNotFoundError(f"render.models_dir: expected {' or '.join(f'{c}/*.obj' for c in CLASSES)} in {cfg.models_dir}, there is none")
+    for name, path in files: import_obj(path, (cfg.kps_dir or path.parent) / f"{path.stem}_kps.json", name)
+    return len(files)
 
-# %% ../../nbs/23_render.ipynb #c006
+# %% ../../nbs/23_render.ipynb #c008
 def check_inputs(
     cfg: RenderConfig,
 ) -> None:
@@ -37,21 +48,7 @@ def check_inputs(
     if cfg.backgrounds_dir: listed(cfg.backgrounds_dir, *PHOTO)
     if cfg.models_dir: check_models(cfg)
 
-# %% ../../nbs/23_render.ipynb #c007
-def check_models(
-    cfg: RenderConfig,
-) -> int:  # how many OBJ files there are
-    "Read every OBJ and its keypoints once."
-    from surgpose.schema import CLASSES
-
-    files = [(name, path) for name in CLASSES for path in sorted((cfg.models_dir / name).glob("*.obj"))]
-    if not files: raise FileNotFoundError(f"render.models_dir: expected {' or '.join(f'{c}/*.obj' for c in CLASSES)} in {cfg.models_dir}")
-    from surgpose.synth.mesh_import import import_obj
-
-    for name, path in files: import_obj(path, (cfg.kps_dir or path.parent) / f"{path.stem}_kps.json", name)
-    return len(files)
-
-# %% ../../nbs/23_render.ipynb #c008
+# %% ../../nbs/23_render.ipynb #c010
 def check_space(
     out: Path,
     cfg: RenderConfig,
@@ -61,7 +58,9 @@ def check_space(
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     if free < need: raise RuntimeError(f"{out}: {cfg.images} images need about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; choose another folder")
 
-# %% ../../nbs/23_render.ipynb #c009
+# %% ../../nbs/23_render.ipynb #c012
+FREE = ("workers", "scenes_per_worker", "timeout_s")  # settings that change how, not what
+
 def check_same(
     out: Path,
     facts: dict,  # config and seed of this call
@@ -76,11 +75,11 @@ def check_same(
         told = ", ".join(f"{k} {was.get(k)!r} -> {now[k]!r}" for k in changed)
         raise ValueError(f"{out}: was rendered with other settings ({told}); use another folder, or delete this one")
 
-# %% ../../nbs/23_render.ipynb #c012
+# %% ../../nbs/23_render.ipynb #c015
 def _whole(out: Path, record: dict) -> bool:
     return all((out / s["file_name"]).is_file() and sha256_file(out / s["file_name"]) == s["sha256"] for s in record["shots"])
 
-# %% ../../nbs/23_render.ipynb #c013
+# %% ../../nbs/23_render.ipynb #c016
 def finished_records(
     out: Path,
 ) -> dict[int, dict]:  # scene index -> record
@@ -96,7 +95,7 @@ def finished_records(
         except ValueError: path.unlink()
     return {r["scene"]["index"]: r for r in found if _whole(out, r)}
 
-# %% ../../nbs/23_render.ipynb #c015
+# %% ../../nbs/23_render.ipynb #c018
 def record_to_images(
     record: dict,
 ) -> list[dict]:  # COCO images, one per camera
@@ -110,7 +109,7 @@ def record_to_images(
                          strategy=scene["strategy"], scene=scene["index"], split=scene["split"]))
     return rows
 
-# %% ../../nbs/23_render.ipynb #c016
+# %% ../../nbs/23_render.ipynb #c020
 def record_to_annotations(
     record: dict,
 ) -> list[dict]:  # COCO annotations, still without ids
@@ -118,7 +117,14 @@ def record_to_annotations(
     images = record_to_images(record)
     return [dict(image_id=image["id"], **row) for image, shot in zip(images, record["shots"], strict=True) for row in shot["annotations"]]
 
-# %% ../../nbs/23_render.ipynb #c017
+# %% ../../nbs/23_render.ipynb #c023
+def dumps(
+    row: dict,
+) -> str:  # one line of JSON
+    "Write plain data on one line."
+    return json.dumps(row, separators=(",", ":"), allow_nan=False)
+
+# %% ../../nbs/23_render.ipynb #c025
 def assemble(
     out: Path,
     records: dict[int, dict],  # scene index -> record
@@ -137,16 +143,26 @@ def assemble(
     shutil.rmtree(out / RECORDS, ignore_errors=True)
     return out
 
-# %% ../../nbs/23_render.ipynb #c018
-def dumps(
-    row: dict,
-) -> str:  # one line of JSON
-    "Write plain data on one line."
-    import json
+# %% ../../nbs/23_render.ipynb #c027
+def draw_missing(
+    out: Path,
+    cfg: RenderConfig,
+    missing: list[int],  # scene indices
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, str]:  # scene index -> why it failed
+    "Draw scenes under a progress bar."
+    from tqdm.auto import tqdm
 
-    return json.dumps(row, separators=(",", ":"), allow_nan=False)
+    with tqdm(total=cfg.images, initial=cfg.images - len(missing), desc="render", unit="image", file=sys.stderr,
+              dynamic_ncols=True, disable=not progress) as bar:
+        crew = Crew(out, cfg, seed, device, on_done=lambda index: bar.update())
+        draw_all(crew, missing)
+    return {str(i): why for i, why in sorted(crew.failed.items())}
 
-# %% ../../nbs/23_render.ipynb #c020
+# %% ../../nbs/23_render.ipynb #c029
 def render(
     out: Path | str,  # dataset folder; made, or gone on with
     cfg: RenderConfig,
@@ -169,22 +185,3 @@ def render(
             failed = draw_missing(out, cfg, missing, seed=seed, device=device, progress=progress)
             assemble(out, finished_records(out), {**facts, "failed": failed})
     return out
-
-# %% ../../nbs/23_render.ipynb #c021
-def draw_missing(
-    out: Path,
-    cfg: RenderConfig,
-    missing: list[int],  # scene indices
-    *,
-    seed: int,
-    device: str = "auto",
-    progress: bool = True,
-) -> dict[str, str]:  # scene index -> why it failed
-    "Draw scenes under a progress bar."
-    from tqdm.auto import tqdm
-
-    with tqdm(total=cfg.images, initial=cfg.images - len(missing), desc="render", unit="image", file=sys.stderr,
-              dynamic_ncols=True, disable=not progress) as bar:
-        crew = Crew(out, cfg, seed, device, on_done=lambda index: bar.update())
-        draw_all(crew, missing)
-    return {str(i): why for i, why in sorted(crew.failed.items())}

@@ -55,7 +55,6 @@ def sample_tools(
 # %% ../../nbs/21_scene.ipynb #c013
 HELD_SHARE = {"table": 0.45, "picture": 0.6, "world": 0.6}  # by kind of background
 
-# %% ../../nbs/21_scene.ipynb #c014
 def sample_scene(
     index: int,  # which scene, from 0
     seed: int,  # root seed of the dataset
@@ -76,7 +75,7 @@ def sample_scene(
     return Scene(index, seed, strategy, split, tools, occluders, lights, sample_world(rng, cfg, strategy, split),
                  background, (camera,), sample_post(rng, cfg))
 
-# %% ../../nbs/21_scene.ipynb #c018
+# %% ../../nbs/21_scene.ipynb #c017
 def project_tool(
     scene: Scene,
     tool_i: int,  # which of the scene's tools

@@ -19,7 +19,7 @@ from .placing import own_share, turned
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['GLOVES', 'SKINS', 'WORLDS', 'HDRI', 'PHOTO', 'VAL_TEXTURES', 'CLIP_TEXTURES', 'TABLE_SHARE', 'sample_hand_colour',
+__all__ = ['GLOVES', 'SKINS', 'HDRI', 'PHOTO', 'WORLDS', 'VAL_TEXTURES', 'CLIP_TEXTURES', 'TABLE_SHARE', 'sample_hand_colour',
            'grip', 'sample_occluder', 'leaves_view', 'listed', 'sample_world', 'sample_lights', 'sample_background',
            'sample_post']
 
@@ -27,7 +27,6 @@ __all__ = ['GLOVES', 'SKINS', 'WORLDS', 'HDRI', 'PHOTO', 'VAL_TEXTURES', 'CLIP_T
 GLOVES = ((0.78, 0.78, 0.74), (0.85, 0.80, 0.68), (0.35, 0.52, 0.75), (0.16, 0.28, 0.55), (0.35, 0.6, 0.5), (0.06, 0.06, 0.07), (0.5, 0.4, 0.62))
 SKINS = ((0.72, 0.46, 0.34), (0.55, 0.33, 0.22), (0.8, 0.58, 0.46), (0.25, 0.14, 0.09))
 
-# %% ../../nbs/21c_surroundings.ipynb #c006
 def sample_hand_colour(
     rng: np.random.Generator,
 ) -> tuple[float, float, float]:  # RGB in 0..1
@@ -35,7 +34,7 @@ def sample_hand_colour(
     base = GLOVES[rng.integers(len(GLOVES))] if rng.random() < 0.8 else SKINS[rng.integers(len(SKINS))]
     return tuple(np.clip(np.array(base) * rng.uniform(0.75, 1.15) + rng.normal(0, 0.03, 3), 0.01, 0.95).round(4).tolist())
 
-# %% ../../nbs/21c_surroundings.ipynb #c008
+# %% ../../nbs/21c_surroundings.ipynb #c007
 def grip(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -50,6 +49,13 @@ def grip(
     T_tool_hand = rigid(R, at - R @ pinch)
     skin = transform_capsules(placed.T_world_tool @ T_tool_hand, capsules)
     return Occluder("hand", skin, 0.006, sample_hand_colour(rng), round(float(rng.uniform(0.3, 0.65)), 3))
+
+# %% ../../nbs/21c_surroundings.ipynb #c011
+def _reaching(rng: np.random.Generator, spot_m: np.ndarray) -> np.ndarray:
+    capsules, _ = hand_capsules(rng, rng.uniform(0, 1.1), rng.uniform(0.85, 1.1))
+    R = turned(rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.6), rng.normal(0, 0.5))
+    fingertip = capsules[rng.integers(7, 16), 3:6]
+    return transform_capsules(rigid(R, spot_m - R @ fingertip), capsules)
 
 # %% ../../nbs/21c_surroundings.ipynb #c012
 def sample_occluder(
@@ -70,14 +76,7 @@ def sample_occluder(
         if rng.random() < 0.6: colour = tuple(rng.uniform(0.03, 0.9, 3).round(4).tolist())
     return Occluder(kind, capsules, 0.006, colour, round(float(rng.uniform(0.15, 0.7)), 3))
 
-# %% ../../nbs/21c_surroundings.ipynb #c013
-def _reaching(rng: np.random.Generator, spot_m: np.ndarray) -> np.ndarray:
-    capsules, _ = hand_capsules(rng, rng.uniform(0, 1.1), rng.uniform(0.85, 1.1))
-    R = turned(rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.6), rng.normal(0, 0.5))
-    fingertip = capsules[rng.integers(7, 16), 3:6]
-    return transform_capsules(rigid(R, spot_m - R @ fingertip), capsules)
-
-# %% ../../nbs/21c_surroundings.ipynb #c017
+# %% ../../nbs/21c_surroundings.ipynb #c016
 def leaves_view(
     occluder: Occluder,
     camera: Camera,
@@ -88,10 +87,7 @@ def leaves_view(
     eye = camera.T_world_cam[:3, 3]
     return bool(capsule_distance(eye, occluder.capsules) > nearest * np.linalg.norm(target_m - eye))
 
-# %% ../../nbs/21c_surroundings.ipynb #c021
-WORLDS = {"train": ("city", "courtyard", "interior", "studio", "sunrise", "night"), "val": ("forest", "sunset")}
-
-# %% ../../nbs/21c_surroundings.ipynb #c022
+# %% ../../nbs/21c_surroundings.ipynb #c020
 def listed(
     folder: Path,
     suffixes: set[str],  # in small letters, with their dot
@@ -102,11 +98,12 @@ def listed(
     if not found: raise FileNotFoundError(f"{folder}: expected {what} ({', '.join(sorted(suffixes))}), found none")
     return found
 
-# %% ../../nbs/21c_surroundings.ipynb #c023
 HDRI = ({".hdr", ".exr"}, "worlds")
 PHOTO = ({".jpg", ".jpeg", ".png"}, "photos")
 
-# %% ../../nbs/21c_surroundings.ipynb #c025
+# %% ../../nbs/21c_surroundings.ipynb #c022
+WORLDS = {"train": ("city", "courtyard", "interior", "studio", "sunrise", "night"), "val": ("forest", "sunset")}
+
 def sample_world(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -121,7 +118,7 @@ def sample_world(
     worlds = own_share(listed(cfg.hdri_dir, *HDRI), split, cfg.val_share) if cfg.hdri_dir else WORLDS[split]
     return World(str(worlds[rng.integers(len(worlds))]), (1.0, 1.0, 1.0), strength, turn)
 
-# %% ../../nbs/21c_surroundings.ipynb #c029
+# %% ../../nbs/21c_surroundings.ipynb #c026
 def sample_lights(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -139,12 +136,11 @@ def sample_lights(
         lights.append(Light(look_at(target_m + distance * way, target_m), float(rng.uniform(0.1, 0.5)), float(energy), tuple(tint.tolist())))
     return tuple(lights)
 
-# %% ../../nbs/21c_surroundings.ipynb #c033
+# %% ../../nbs/21c_surroundings.ipynb #c030
 VAL_TEXTURES = ("towel", "tissue")
 CLIP_TEXTURES = ("theatre",)  # for synth.clip alone
 TABLE_SHARE = {"studio": 0.85, "hdri": 0.7}  # how often there is a table under the tools
 
-# %% ../../nbs/21c_surroundings.ipynb #c034
 def sample_background(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -162,7 +158,7 @@ def sample_background(
         name = str(photos[rng.integers(len(photos))])
     return Background("picture", name, seed, shadow=shadow)
 
-# %% ../../nbs/21c_surroundings.ipynb #c038
+# %% ../../nbs/21c_surroundings.ipynb #c034
 def sample_post(
     rng: np.random.Generator,
     cfg: RenderConfig,

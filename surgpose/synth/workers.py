@@ -27,7 +27,7 @@ RECORDS = ".records"  # hidden folder for the state of an unfinished dataset
 ATTEMPTS = 2
 STARTUP_S = 180.0  # Blender's own start, on a cold disk
 
-# %% ../../nbs/23a_workers.ipynb #c006
+
 @dataclass
 class Crew:
     "Workers for one folder, and what became of the scenes."
@@ -66,7 +66,7 @@ def start_worker(
     crew.processes.append(process)
     return process, log
 
-# %% ../../nbs/23a_workers.ipynb #c009
+# %% ../../nbs/23a_workers.ipynb #c010
 def last_words(
     log: Path,  # a worker's chatter
     lines: int = 4,
@@ -75,7 +75,7 @@ def last_words(
     text = log.read_text(errors="replace") if log.is_file() else ""
     return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])[-600:]
 
-# %% ../../nbs/23a_workers.ipynb #c010
+# %% ../../nbs/23a_workers.ipynb #c013
 def run_worker(
     crew: Crew,
     scenes: list,  # indices, or whole scenes as plain data
@@ -99,14 +99,14 @@ def run_worker(
     log.unlink(missing_ok=True); (log.with_suffix(".job")).unlink(missing_ok=True)
     return drawn, errors, "" if len(drawn) + len(errors) == len(scenes) else why
 
-# %% ../../nbs/23a_workers.ipynb #c012
+# %% ../../nbs/23a_workers.ipynb #c015
 def index_of(
     scene: int | dict,
 ) -> int:
     "Tell a scene's index."
     return scene if isinstance(scene, int) else scene["index"]
 
-# %% ../../nbs/23a_workers.ipynb #c013
+# %% ../../nbs/23a_workers.ipynb #c017
 def draw_shard(
     crew: Crew,
     scenes: list,  # indices, or whole scenes as plain data
@@ -128,7 +128,7 @@ def draw_shard(
             index, reason = next(iter(crew.failed.items()))
             raise RuntimeError(f"render: {len(crew.failed)} scenes failed {ATTEMPTS} times, given up; scene {index}: {reason}")
 
-# %% ../../nbs/23a_workers.ipynb #c014
+# %% ../../nbs/23a_workers.ipynb #c019
 def draw_all(
     crew: Crew,
     scenes: list,  # indices, or whole scenes as plain data
