@@ -178,8 +178,9 @@ def compare_verdict(
     "Say in a few sentences what adaptation did."
     told = []
     for s in sets:
-        row = next((r for r in s["rows"] if r["delta"] is not None), None)
-        if row is None: told.append(f"On {s['name']} there is nothing to compare.")
+        row = next((r for r in s["rows"] if r["delta"] is not None), s["rows"][0])
+        if row["delta"] is None:
+            told.append(f"On {s['name']} ({s['n']} {s['unit']}), {row['metric']}: {format_number(row['before'])}.")
         else: told.append(f"On {s['name']} ({s['n']} {s['unit']}), {row['metric']}: {format_number(row['before'])} before, "
                           f"{format_number(row['after'])} after.")
     return " ".join([*([reason] if reason else []), *told])

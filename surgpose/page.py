@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import nbformat
 
 # %% auto #0
-__all__ = ['POLICY', 'STYLE', 'FRAME', 'NOTEBOOK', 'INDEX', 'STATES', 'format_number', 'fill_page', 'notebook_page',
-           'first_picture', 'write_index']
+__all__ = ['POLICY', 'STYLE', 'FRAME', 'NOTEBOOK', 'INDEX', 'STATES', 'format_number', 'fill_page', 'notebook_page', 'thumbnail',
+           'write_index']
 
 # %% ../nbs/94_page.ipynb #c005
 POLICY = ("default-src 'none'; img-src data:; media-src 'self' file:; style-src 'unsafe-inline'; "
@@ -140,25 +140,30 @@ def notebook_page(
     return fill_page(NOTEBOOK, title=title, banner=banner, facts=facts or {}, body=Markup(_no_script_tags(body)))
 
 # %% ../nbs/94_page.ipynb #c022
-def first_picture(
+def _pictures(nb: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    found = []
+    for data in (o.get("data", {}) for c in nb.cells for o in c.get("outputs", [])):
+        found += re.findall(r"data:image/(png|jpeg);base64,([A-Za-z0-9+/=\s]+)", "".join(data.get("text/html", "")))
+        found += [(kind, data[f"image/{kind}"]) for kind in ("png", "jpeg") if f"image/{kind}" in data]
+    return found
+
+# %% ../nbs/94_page.ipynb #c023
+def thumbnail(
     nb: nbformat.NotebookNode,  # executed notebook
-    width: int = 480,  # px of the thumbnail, at most
+    width: int = 480,  # px, at most
 ) -> str:  # data URI of a JPEG; empty when there is no picture
-    "Make a thumbnail of a notebook's first picture."
+    "Make one picture of a notebook small."
     import cv2
     import numpy as np
-    for data in (o.get("data", {}) for c in nb.cells for o in c.get("outputs", [])):
-        inline = re.search(r"data:image/(?:png|jpeg);base64,([A-Za-z0-9+/=\s]+)", "".join(data.get("text/html", "")))
-        coded = data.get("image/png") or data.get("image/jpeg") or (inline and inline[1])
-        image = cv2.imdecode(np.frombuffer(base64.b64decode(coded), np.uint8), cv2.IMREAD_COLOR) if coded else None
-        if image is None: continue
-        scale = min(1.0, width / image.shape[1])
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
-        return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    return ""
+    pictures = sorted(_pictures(nb), key=lambda p: p[0] != "jpeg")
+    if not pictures: return ""
+    image = cv2.imdecode(np.frombuffer(base64.b64decode(pictures[0][1]), np.uint8), cv2.IMREAD_COLOR)
+    scale = min(1.0, width / image.shape[1])
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
-# %% ../nbs/94_page.ipynb #c026
+# %% ../nbs/94_page.ipynb #c027
 INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>{{ subtitle }}</blockquote>
 {% if broken %}<div class="banner"><b>Not everything finished.</b><ul>
 {% for name, p in broken.items() %}<li><b>{{ name }}</b>: {{ p.error or p.status }}</li>{% endfor %}</ul></div>{% endif %}
@@ -171,10 +176,13 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 <div><h3>{{ r.title }}</h3><p>{{ r.verdict or r.question }}</p>
 <p class="soft">{% for label, value in r.numbers.items() %}{{ label }} {{ value }}{{ "" if loop.last else " · " }}{% endfor %}</p>
 {% if r.status != "ok" %}<p class="state {{ r.css }}">{{ r.word }}: {{ r.error }}</p>{% endif %}</div></a>{% endfor %}</div>
-{% for s in sets %}<h2>Before and after, {{ s.name }}</h2><table><caption>{{ s.n }} {{ s.unit }}</caption>
-<tr><th>measure</th><th>before</th><th>after</th><th>change</th></tr>{% for row in s.rows %}<tr><td>{{ row.metric }}</td>
-<td class="number">{{ row.before|number }}</td><td class="number">{{ row.after|number }}</td><td class="number">
-{{ row.delta|number }}</td></tr>{% endfor %}</table>{% endfor %}
+{% for s in sets %}{% set both = s.rows|rejectattr("after", "none")|list %}
+<h2>{{ "Before and after, " if both else "Measured: " }}{{ s.name }}</h2><table><caption>{{ s.n }} {{ s.unit }}</caption>
+<tr><th>measure</th><th>{{ "before" if both else "value" }}</th>{% if both %}<th>after</th><th>change</th>{% endif %}</tr>
+{% for row in s.rows %}<tr><td>{{ row.metric }}</td><td class="number">{{ row.before|number }}</td>{% if both %}
+<td class="number">{{ row.after|number }}</td><td class="number">{{ row.delta|number }}</td>{% endif %}</tr>{% endfor %}
+</table>{% endfor %}
+{% if film %}<h2>The video</h2><figure><video controls muted preload="metadata" src="{{ film }}"></video></figure>{% endif %}
 {% if phases %}<h2>Phases</h2><table><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th></tr>
 {% for name, p in phases.items() %}<tr><td>{{ name }}</td><td><span class="state {{ p.css }}">{{ p.word }}</span></td>
 <td class="number">{{ p.time }}</td><td>{% for label, value in p.numbers.items() %}{{ label }}&nbsp;{{ value|number }}
@@ -183,11 +191,11 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 {% if facts %}<h2>Made from</h2><ul class="plain soft">
 {% for k, v in facts.items() %}<li><b>{{ k }}</b> {{ v }}</li>{% endfor %}</ul>{% endif %}{% endblock %}"""
 
-# %% ../nbs/94_page.ipynb #c027
+# %% ../nbs/94_page.ipynb #c028
 STATES = {"ok": ("done", "ok"), "fresh": ("up to date", "ok"), "failed": ("failed", "failed"), "blocked": ("not run", "skipped"),
           "skipped": ("left out", "skipped"), "running": ("did not finish", "failed")}  # state -> word, CSS class
 
-# %% ../nbs/94_page.ipynb #c028
+# %% ../nbs/94_page.ipynb #c029
 def _with_words(entry: dict) -> dict:
     word, css = STATES[entry.get("status", "running")]
     seconds = entry.get("seconds")
@@ -195,23 +203,24 @@ def _with_words(entry: dict) -> dict:
     return {"numbers": {}, "error": "", "title": entry.get("name"), "verdict": "", "question": "", **entry,
             "word": word, "css": css, "time": time}
 
-# %% ../nbs/94_page.ipynb #c029
+# %% ../nbs/94_page.ipynb #c030
 def _report_cards(out: Path) -> list[dict]:
     import nbformat
     stamps = [(p, read_json(p)) for p in sorted(out.glob("*.json"))]
     cards = [_with_words(s) for p, s in stamps if "notebook_sha256" in s and p.with_suffix(".html").is_file()]
     for card in cards:
         book = out / f"{card['name']}.ipynb"
-        card["picture"] = first_picture(nbformat.read(book, 4)) if book.is_file() else ""
+        card["picture"] = thumbnail(nbformat.read(book, 4)) if book.is_file() else ""
     return cards
 
-# %% ../nbs/94_page.ipynb #c030
-def _tiles(compare: dict) -> dict[str, str]:
-    tiles = {f"{s['name']}: {row['metric']}": f"{format_number(row['before'])} → {format_number(row['after'])}"
-             for s in compare.get("sets", []) for row in s["rows"][:1]}
-    return dict(list(tiles.items())[:4])
-
 # %% ../nbs/94_page.ipynb #c031
+def _tiles(compare: dict) -> dict[str, str]:
+    def change(row: dict) -> str:
+        values = [v for v in (row["before"], row["after"]) if v is not None]
+        return " → ".join(map(format_number, values)) or "n/a"
+    return {f"{row['metric']}, {s['name']}": change(row) for s in compare.get("sets", [])[:4] for row in s["rows"][:1]}
+
+# %% ../nbs/94_page.ipynb #c032
 def write_index(
     out: Path | str,  # run folder with run.json, compare.json and the reports' stamps, as far as they are there
 ) -> Path:  # OUT/index.html
@@ -223,10 +232,11 @@ def write_index(
     broken = {n: p for n, p in entries.items() if p["status"] in ("failed", "blocked", "running")}
     files = [f for f in ("config.yaml", "run.json", "compare.json", "predictions/overlay.mp4",
                          "predictions_refined/overlay.mp4", "side_by_side.mp4", "teacher/results.csv") if (out / f).is_file()]
+    films = [f for f in ("side_by_side.mp4", "predictions/overlay.mp4") if (out / f).is_file()]
     done = sum(p["status"] in ("ok", "fresh") for p in entries.values())
     known = {**run, **run.get("versions", {}), **{k: Path(run[k]).name for k in ("video", "truth") if run.get(k)}}
     facts = {k: v for k, v in known.items() if k not in ("phases", "versions") and v not in (None, "")}
     page = fill_page(INDEX, title=f"surgpose: {out.name}", subtitle=f"{done} of {len(entries)} phases finished.", broken=broken,
                      verdict=compare.get("verdict", ""), tiles=_tiles(compare), reports=cards, sets=compare.get("sets", []),
-                     phases=phases, files=files, facts=facts)
+                     phases=phases, files=files, facts=facts, film=films[0] if films else "")
     return atomic_write(out / "index.html", page)

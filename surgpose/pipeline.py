@@ -142,7 +142,9 @@ def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Measure before and after, on rendered images and on the video."
     found = compare_runs(job.out / "teacher", job.out / "refined", job.out, job.cfg.evaluate, predict=job.cfg.predict,
                          data=job.out / "synthetic", video=job.video, truth=job.truth, device=job.cfg.device)
-    return {f"change on {s['name']}": s["rows"][0]["delta"] for s in found["sets"] if s["rows"]}
+    firsts = [(s["name"], s["rows"][0]) for s in found["sets"]]
+    return {f"change on {name}": row["delta"] for name, row in firsts if row["delta"] is not None} or {
+        f"{row['metric']} on {name}": row["before"] for name, row in firsts}
 
 # %% ../nbs/90_pipeline.ipynb #c021
 def report_phase(
