@@ -187,10 +187,12 @@ def hand_made(tmp_path_factory) -> dict[str, tuple[Scene, dict]]:
     calibrated = sample_scene(1, 0, plain.model_copy(update=dict(camera_json=camera, res_scale=0.5)))
     foreign = sample_scene(0, 0, plain.model_copy(update=dict(models_dir=root / "models")))
     (root / "worlds" / "mine").mkdir(parents=True)
-    cv2.imwrite(str(root / "worlds" / "mine" / "mine_2k.hdr"), np.full((16, 32, 3), (0.1, 0.1, 40.0), np.float32))
+    red = np.full((16, 32, 3), (0.1, 0.1, 40.0), np.float32)
+    cv2.imwrite(str(root / "worlds" / "mine" / "mine_2k.hdr"), red)
     (root / "photos").mkdir()
     cv2.imwrite(str(root / "photos" / "red.png"), np.full((90, 70, 3), (0, 0, 200), np.uint8))
-    lit = sample_scene(0, 0, plain.model_copy(update=dict(hdri_dir=root / "worlds", strategy_mix={"hdri": 1.0})))
+    lit = sample_scene(0, 0, plain.model_copy(update=dict(hdri_dir=root / "worlds",
+                                                          strategy_mix={"hdri": 1.0})))
     own_world = replace(lit, background=replace(lit.background, kind="world"), lights=())
     own_photo = sample_scene(0, 0, plain.model_copy(update=dict(backgrounds_dir=root / "photos",
                                                                 strategy_mix={"composite": 1.0})))

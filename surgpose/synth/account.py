@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['OFF', 'labelled_pictures', 'tool_notes', 'causes_table', 'fig_causes', 'say_causes', 'strategy_table',
-           'settings_table', 'render_summary', 'render_verdict']
+__all__ = ['CAUSE_COLOURS', 'OFF', 'labelled_pictures', 'tool_notes', 'causes_table', 'fig_causes', 'say_causes',
+           'strategy_table', 'settings_table', 'render_summary', 'render_verdict']
 
 # %% ../../nbs/25_account.ipynb #c005
 def labelled_pictures(
@@ -39,7 +39,8 @@ def labelled_pictures(
     coco = read_coco(folder / "coco_annotations.json")
     poses, count = poses_by_image(coco), len(coco["images"])
     chosen = [coco["images"][i] for i in np.linspace(0, count - 1, min(limit, count)).round().astype(int)]
-    pictures = [draw_poses(cv2.imread(str(safe_join(folder, im["file_name"]))), poses[im["id"]], labels=False) for im in chosen]
+    images = [cv2.imread(str(safe_join(folder, im["file_name"]))) for im in chosen]
+    pictures = [draw_poses(image, poses[im["id"]], labels=False) for image, im in zip(images, chosen, strict=True)]
     return pictures, [f"{im['scene']}: {im['strategy']}, {im['split']}" for im in chosen]
 
 # %% ../../nbs/25_account.ipynb #c009
@@ -71,6 +72,9 @@ def causes_table(
     return pd.DataFrame(shares, index=causes).T
 
 # %% ../../nbs/25_account.ipynb #c014
+CAUSE_COLOURS = {"seen": "#009E73", "outside": "#DDDDDD", "self": "#E69F00", "tool": "#56B4E9", "hand": "#CC79A7",
+                 "blob": "#D55E00", "tube": "#0072B2"}
+
 @style()
 def fig_causes(
     notes: pd.DataFrame,  # of `tool_notes`
@@ -79,12 +83,13 @@ def fig_causes(
     table = causes_table(notes)
     fig, ax = new_figure(height_in=2.9)
     left = np.zeros(len(table))
-    colours = dict(seen="#009E73", outside="#DDDDDD", self="#E69F00", tool="#56B4E9", hand="#CC79A7", blob="#D55E00", tube="#0072B2")
     for cause in table:
-        ax.barh(table.index, table[cause], left=left, height=0.65, color=colours.get(cause, "#888888"), label=cause, edgecolor="white")
+        colour = CAUSE_COLOURS.get(cause, "#888888")
+        ax.barh(table.index, table[cause], left=left, height=0.65, color=colour, label=cause, edgecolor="white")
         left = left + table[cause].to_numpy()
     ax.invert_yaxis(); ax.grid(axis="y", visible=False)
-    ax.set(xlabel="share of the tools, %", xlim=(0, 100), title=f"What the ray from the camera meets (n = {int(notes.annotated.sum())} tools)")
+    ax.set(xlabel="share of the tools, %", xlim=(0, 100),
+           title=f"What the ray from the camera meets (n = {int(notes.annotated.sum())} tools)")
     fig.legend(loc="outside lower center", ncols=len(table.columns))
     return fig
 
@@ -97,8 +102,9 @@ def say_causes(
     hidden = table.drop(columns=["seen", "outside"])
     if not len(notes) or not hidden.to_numpy().sum(): return "No keypoint is hidden."
     point = hidden.sum(1).idxmax()
-    return (f"Hidden most often: {point} ({hidden.loc[point].sum():.0f} %), mostly by {hidden.loc[point].idxmax()}; over all keypoints, "
-            f"{hidden.sum().idxmax()} hides most. self is the tool's own other side, border a midpoint with one parent outside.")
+    share, by = hidden.loc[point].sum(), hidden.loc[point].idxmax()
+    return (f"Hidden most often: {point} ({share:.0f} %), mostly by {by}; over all keypoints, {hidden.sum().idxmax()} hides "
+            "most. self is the tool's own other side, border a midpoint with one parent outside.")
 
 # %% ../../nbs/25_account.ipynb #c019
 def strategy_table(
@@ -113,8 +119,9 @@ def strategy_table(
     for name in weights:
         own = [i for i, s in strategies.items() if s == name]
         seconds = [facts["seconds"][str(i)] for i in own]
-        rows[name] = {"asked, %": round(100 * weights[name] / sum(weights.values()), 1), "images": len(own),
-                      "got, %": round(100 * len(own) / max(len(strategies), 1), 1), "tools": int(notes[notes.strategy == name].annotated.sum()),
+        asked, got = weights[name] / sum(weights.values()), len(own) / max(len(strategies), 1)
+        rows[name] = {"asked, %": round(100 * asked, 1), "images": len(own), "got, %": round(100 * got, 1),
+                      "tools": int(notes[notes.strategy == name].annotated.sum()),
                       "seconds an image": round(float(np.median(seconds)), 2) if seconds else np.nan}
     return pd.DataFrame(rows, dtype=object).T
 
@@ -127,7 +134,8 @@ def settings_table(
 
     config, usual = read_json(Path(folder) / MANIFEST)["config"], RenderConfig().model_dump(mode="json")
     meaning = {name: field.description for name, field in RenderConfig.model_fields.items()}
-    rows = [(name, str(value), "" if value == usual.get(name) else "own", meaning.get(name, "")) for name, value in config.items()]
+    rows = [(name, str(value), "" if value == usual.get(name) else "own", meaning.get(name, ""))
+            for name, value in config.items()]
     return pd.DataFrame(rows, columns=["setting", "value", "changed", "meaning"])
 
 # %% ../../nbs/25_account.ipynb #c024
@@ -141,8 +149,10 @@ def render_summary(
     facts, notes = read_json(Path(folder) / MANIFEST), tool_notes(folder)
     kept, seconds = notes[notes.annotated], [s for s in facts["seconds"].values() if s]
     seen = float((kept[list(KEYPOINTS)] == "").to_numpy().mean()) if len(kept) else 0.0
-    return {"images": len(facts["seconds"]), "tools": len(kept), "seconds an image": round(float(np.median(seconds)), 2) if seconds else 0.0,
-            "keypoints seen, %": round(100 * seen), OFF: round(float(kept.against_renderer_px.max()), 4) if len(kept) else 0.0,
+    off = float(kept.against_renderer_px.max()) if len(kept) else 0.0
+    return {"images": len(facts["seconds"]), "tools": len(kept),
+            "seconds an image": round(float(np.median(seconds)), 2) if seconds else 0.0,
+            "keypoints seen, %": round(100 * seen), OFF: round(off, 4),
             "tools too small to label": int((~notes.annotated).sum()), "scenes failed": len(facts["failed"]),
             "asked": facts["config"]["images"], **{name: int((kept.class_name == name).sum()) for name in CLASSES}}
 
@@ -152,7 +162,8 @@ def render_verdict(
 ) -> str:  # one or two sentences
     "Judge a dataset by how it was made."
     faults = []
-    if summary["scenes failed"]: faults.append(f"{summary['scenes failed']} of {summary['asked']} scenes could not be drawn")
+    if summary["scenes failed"]:
+        faults.append(f"{summary['scenes failed']} of {summary['asked']} scenes could not be drawn")
     if summary[OFF] > 0.5: faults.append(f"labels are up to {summary[OFF]} px off")
     faults += [f"there is no {name.replace('_', ' ')}" for name in CLASSES if not summary[name]]
     counted = f"{summary['images']} images with {summary['tools']} labelled tools, {summary['seconds an image']} s each"

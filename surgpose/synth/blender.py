@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def _table_material(table: Any, background: Background, side_px: int = 640) -> N
 def _add_table(bproc: Any, background: Background) -> None:
     half = 4 * background.size_m  # the texture is repeated well beyond the picture
     square = np.array([[-half, -half, 0], [half, -half, 0], [half, half, 0], [-half, half, 0]])
-    table = _add_mesh(bproc, "table", square, np.array([[0, 1, 2, 3]]), dict(colour=(1, 1, 1), roughness=background.roughness))
+    white = dict(colour=(1, 1, 1), roughness=background.roughness)
+    table = _add_mesh(bproc, "table", square, np.array([[0, 1, 2, 3]]), white)
     uv = table.get_mesh().uv_layers.new()
     uv.data.foreach_set("uv", (square[:, :2] / background.size_m + 0.5).ravel())
     _table_material(table, background)
@@ -108,9 +109,9 @@ def _set_world(bproc: Any, scene: Scene) -> None:
     else:
         own = Path(bpy.utils.resource_path("LOCAL")) / "datafiles/studiolights/world" / f"{world.hdri}.exr"
         path = own if own.is_file() else Path(world.hdri)
-        if not path.is_file(): raise FileNotFoundError(f"{world.hdri}: expected a world of Blender's or an .hdr/.exr file")
+        if not path.is_file(): raise FileNotFoundError(f"{world.hdri}: expected one of Blender's worlds or a file")
         strength = world.strength * 0.35 / mean_light(str(path))
-        bproc.world.set_world_background_hdr_img(str(path), strength=strength, rotation_euler=[0.0, 0.0, world.turn_rad])
+        bproc.world.set_world_background_hdr_img(str(path), strength=strength, rotation_euler=[0, 0, world.turn_rad])
     here.cycles.sampling_method, here.cycles.sample_map_resolution = "MANUAL", 256  # the automatic map costs seconds
 
 # %% ../../nbs/22_blender.ipynb #c014
@@ -127,7 +128,8 @@ def build_scene(
             vertices = transform(placed.T_world_tool, mesh.vertices)
             _add_mesh(bproc, f"tool{i} {part}", vertices, mesh.faces, placed.material[tool.materials[part]], i)
     for occluder in scene.occluders:
-        _add_mesh(bproc, occluder.kind, *capsule_mesh(occluder.capsules, occluder.blend_m), dict(colour=occluder.colour, roughness=occluder.roughness))
+        skin = dict(colour=occluder.colour, roughness=occluder.roughness)
+        _add_mesh(bproc, occluder.kind, *capsule_mesh(occluder.capsules, occluder.blend_m), skin)
     if scene.background.kind == "table": _add_table(bproc, scene.background)
     for light in scene.lights: _add_light(bproc, light)
     _set_world(bproc, scene)
@@ -177,11 +179,13 @@ def draw_camera(
     "Render the scene that Blender holds through one camera."
     set_camera(bproc, camera)
     cutout = scene.background.kind == "picture"
-    data = bproc.renderer.render(load_keys={"segmap"}, verbose=True, keys_with_alpha_channel={"colors"} if cutout else None)
+    data = bproc.renderer.render(load_keys={"segmap"}, verbose=True,  # its progress bar costs a third of the time
+                                 keys_with_alpha_channel={"colors"} if cutout else None)
     pixels, numbers = np.asarray(data["colors"][0]), np.asarray(data["tool_segmaps"][0])
     image = np.ascontiguousarray(pixels[..., [2, 1, 0, 3] if cutout else [2, 1, 0]])
     poses, points = [t.T_world_tool for t in scene.tools], [t.keypoints_m for t in tools]
-    causes = [[what_hides(lambda eye, way: shoot_ray(bproc, eye, way), camera, t, T, n, k) for k in range(len(t.keypoints_m))]
+    cast = partial(shoot_ray, bproc)
+    causes = [[what_hides(cast, camera, t, T, n, k) for k in range(len(t.keypoints_m))]
               for n, (t, T) in enumerate(zip(tools, poses, strict=True), 1)]
     by_blender = [blender_projection(transform(T, x), camera) for T, x in zip(poses, points, strict=True)]
     masks = reach_probes(numbers == np.arange(1, len(tools) + 1)[:, None, None], camera, tools, poses, causes)
@@ -233,9 +237,11 @@ def write_scene(
     start, shots = time.perf_counter(), []
     for i, (drawing, camera) in enumerate(zip(draw_scene(bproc, scene), scene.cameras, strict=True)):
         name = f"images/{scene.index:06d}{f'_c{i}' if i else ''}.jpg"
-        with atomic_path(out / name) as tmp: cv2.imwrite(str(tmp), drawing.image_bgr, [cv2.IMWRITE_JPEG_QUALITY, scene.post.jpeg_quality])
+        quality = [cv2.IMWRITE_JPEG_QUALITY, scene.post.jpeg_quality]
+        with atomic_path(out / name) as tmp: cv2.imwrite(str(tmp), drawing.image_bgr, quality)
         notes = [note(placed, drawing, camera, k) for k, placed in enumerate(scene.tools)]
-        shots.append(dict(file_name=name, camera=i, sha256=sha256_file(out / name), annotations=annotate(scene, drawing, camera), tools=notes))
+        shots.append(dict(file_name=name, camera=i, sha256=sha256_file(out / name), tools=notes,
+                          annotations=annotate(scene, drawing, camera)))
     record = dict(scene=scene.to_dict(), shots=shots, seconds=round(time.perf_counter() - start, 3))
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
@@ -274,4 +280,5 @@ def main(
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(code)
 
-if __name__ == "__main__" and globals().get("__package__"): main(sys.argv[1:])  # not in a notebook, which is __main__ too
+if __name__ == "__main__" and globals().get("__package__"):  # not in a notebook, which is __main__ too
+    main(sys.argv[1:])

@@ -5,6 +5,7 @@
 # %% ../../nbs/24_clip.ipynb #c002
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def drift(
     "Wander about smoothly."
     hertz, phase = rng.uniform(0.08, 0.5, waves), rng.uniform(0, 2 * np.pi, waves)
     weight = rng.uniform(0.5, 1, waves)
-    return size * np.sqrt(2) * (weight * np.sin(2 * np.pi * hertz * t_s[:, None] + phase)).sum(1) / np.linalg.norm(weight)
+    wave = weight * np.sin(2 * np.pi * hertz * t_s[:, None] + phase)
+    return size * np.sqrt(2) * wave.sum(1) / np.linalg.norm(weight)
 
 # %% ../../nbs/24_clip.ipynb #c009
 def tool_path(
@@ -76,7 +78,8 @@ def held_by(
     if first.T_world_tool[2, 2] < 0: raise ValueError("held_by: expected a tool whose z axis points up")
     T_tool_hand = rigid(turned(rng.normal(0, 0.2), rng.uniform(0, 0.3), rng.choice([-1, 1]) * rng.uniform(0.3, 0.7)))
     T_tool_hand[:3, 3] = at - T_tool_hand[:3, :3] @ pinch
-    return [Occluder("hand", transform_capsules(p.T_world_tool @ T_tool_hand, capsules), 0.006, colour, 0.5) for p in path]
+    skins = [transform_capsules(p.T_world_tool @ T_tool_hand, capsules) for p in path]
+    return [Occluder("hand", skin, 0.006, colour, 0.5) for skin in skins]
 
 # %% ../../nbs/24_clip.ipynb #c016
 def suction(
@@ -117,11 +120,12 @@ def sample_clip(
     paths = [tool_path(rng, t_s, "needle_holder", np.pi + rng.normal(0.3, 0.2), np.array([0.022, 0, 0.012]), cfg),
              tool_path(rng, t_s, "tweezers", rng.normal(0.2, 0.2), np.array([-0.022, -0.008, 0.012]), cfg)]
     things = [*(held_by(rng, path, glove) for path in paths), suction(rng, t_s)]
-    lamps = tuple(Light(look_at(np.array([x, y, 0.9]), np.zeros(3)), 0.25, w, (1.0, 0.96, 0.88)) for x, y, w in ((-0.5, 0.5, 9.0), (0.6, 0.1, 6.0)))
+    lamps = tuple(Light(look_at([x, y, 0.9], [0, 0, 0]), 0.25, watts, (1.0, 0.96, 0.88))
+                  for x, y, watts in ((-0.5, 0.5, 9.0), (0.6, 0.1, 6.0)))
     ground = Background("table", "theatre", int(rng.integers(2**31)), 0.42, 0.7)
     world, noise = World(None, (0.32, 0.36, 0.38), 0.6), rng.integers(2**31, size=frames)
-    return [Scene(k, seed, "theatre", "val", tuple(p[k] for p in paths), tuple(o[k] for o in things), lamps, world, ground, (camera,),
-                  Post(int(noise[k]), 0.0, 1.0, (1.02, 1.0, 0.97), 0.6, 2.0, 98))
+    return [Scene(k, seed, "theatre", "val", tuple(p[k] for p in paths), tuple(o[k] for o in things), lamps, world, ground,
+                  (camera,), Post(int(noise[k]), 0.0, 1.0, (1.02, 1.0, 0.97), 0.6, 2.0, 98))
             for k, camera in enumerate(clip_camera(rng, t_s, cfg))]
 
 # %% ../../nbs/24_clip.ipynb #c024
@@ -132,7 +136,8 @@ def frame_labels(
 ) -> tuple[dict, list[dict]]:  # COCO image; annotations without ids
     "Write the labels of a frame: the image's name is that of the frame in the clip, not of a file."
     image, frame = record_to_images(record)[0], record["scene"]["index"]
-    image |= dict(file_name=f"{Path(video).stem}/{frame:06d}.jpg", video=video, frame=frame, t_s=round(frame / fps, 6), scene=0)
+    image |= dict(file_name=f"{Path(video).stem}/{frame:06d}.jpg", video=video, frame=frame,
+                  t_s=round(frame / fps, 6), scene=0)
     return image, record_to_annotations(record)
 
 # %% ../../nbs/24_clip.ipynb #c027
@@ -152,14 +157,16 @@ def render_clip(
     from tqdm.auto import tqdm
 
     scenes, out_mp4 = sample_clip(frames, cfg, seed=seed, fps=fps), Path(out_mp4)
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=frames, desc="clip", unit="frame", dynamic_ncols=True) as bar:
+    bar = tqdm(total=frames, desc="clip", unit="frame", file=sys.stderr, dynamic_ncols=True)
+    with bar, tempfile.TemporaryDirectory() as folder:
         crew = Crew(Path(folder), cfg, seed, device, on_done=lambda index: bar.update())
         draw_all(crew, [s.to_dict() for s in scenes])
-        if crew.failed: raise RuntimeError(f"render_clip: {len(crew.failed)} frames failed: {next(iter(crew.failed.values()))}")
+        if crew.failed: raise RuntimeError(f"render_clip: frames failed: {crew.failed}")
         records = [read_json(p) for p in sorted((Path(folder) / RECORDS).glob("[0-9]*.json"))]
         with write_video(out_mp4, fps=fps, width=cfg.width, height=cfg.height, crf=crf) as writer:
             for record in records: writer.write(cv2.imread(str(Path(folder) / record["shots"][0]["file_name"])))
     labels = [frame_labels(record, out_mp4.name, fps) for record in records]
     rows = [dict(id=n, **row) for n, row in enumerate((row for _, some in labels for row in some), 1)]
-    write_coco(coco_path, new_coco([image for image, _ in labels], rows, dict(description="clip rendered by surgpose", seed=seed, fps=fps)))
+    info = dict(description="clip rendered by surgpose", seed=seed, fps=fps)
+    write_coco(coco_path, new_coco([image for image, _ in labels], rows, info))
     return out_mp4

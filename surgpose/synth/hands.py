@@ -11,7 +11,9 @@ import numpy as np
 __all__ = ['INDEX_TIP', 'hand_capsules', 'transform_capsules', 'capsule_distance', 'capsule_mesh']
 
 # %% ../../nbs/21e_hands.ipynb #c005
-def _finger(base: np.ndarray, lengths: np.ndarray, bends: np.ndarray, spread: float, radius: float) -> list[np.ndarray]:
+def _finger(
+    base: np.ndarray, lengths: np.ndarray, bends: np.ndarray, spread: float, radius: float,
+) -> list[np.ndarray]:
     rows, point, pitch = [], base, 0.0
     for i, (length, bend) in enumerate(zip(lengths, bends, strict=True)):
         pitch += bend
@@ -31,7 +33,7 @@ def hand_capsules(
     "Make a left or right hand with forearm."
     knuckles = np.array([[0.088, 0.033, 0], [0.092, 0.011, 0.004], [0.088, -0.011, 0.003], [0.080, -0.031, 0]])
     lengths = np.array([[0.040, 0.025, 0.020], [0.044, 0.028, 0.021], [0.041, 0.026, 0.020], [0.032, 0.020, 0.018]])
-    rows = [np.concatenate([[0.0, 0.5 * y, 0], k, [0.021, 0.013]]) for k, y in zip(knuckles, knuckles[:, 1], strict=True)]
+    rows = [np.array([0.0, 0.5 * k[1], 0, *k, 0.021, 0.013]) for k in knuckles]
     rows.append(np.array([-0.30, rng.normal(0, 0.03), rng.uniform(0, 0.06), 0.0, 0, 0, 0.042, 0.026]))
     for i, (knuckle, length) in enumerate(zip(knuckles, lengths, strict=True)):
         bends = np.clip(curl + 0.12 * i, 0, 1.3) * np.array([0.8, 0.9, 0.6]) + rng.normal(0, 0.08, 3)
@@ -39,7 +41,7 @@ def hand_capsules(
     index_tip = rows[INDEX_TIP][3:6]
     thumb_tip = index_tip + np.array([-0.004, 0.004, -0.014])
     middle = 0.5 * (np.array([0.03, 0.045, -0.012]) + thumb_tip) + np.array([0, 0.016, -0.006])
-    rows += [np.concatenate([[0.02, 0.025, -0.006], middle, [0.016, 0.012]]), np.concatenate([middle, thumb_tip, [0.0115, 0.0085]])]
+    rows += [np.array([0.02, 0.025, -0.006, *middle, 0.016, 0.012]), np.array([*middle, *thumb_tip, 0.0115, 0.0085])]
     capsules = np.array(rows) * size
     pinch = 0.5 * (index_tip + thumb_tip) * size
     if rng.random() < 0.5: capsules[:, [1, 4]] *= -1; pinch = pinch * (1, -1, 1)
@@ -85,7 +87,7 @@ def capsule_mesh(
     low, high = (ends - radii).min((0, 1)), (ends + radii).max((0, 1))
     step = max(float(np.prod(high - low) / voxels) ** (1 / 3), float(capsules[:, 6:].min()) / 6)
     counts = np.ceil((high - low) / step).astype(int) + 5
-    grid = np.stack(np.meshgrid(*(lo + step * (np.arange(n) - 2) for lo, n in zip(low, counts, strict=True)), indexing="ij"), -1)
-    vertices, faces, _, _ = marching_cubes(capsule_distance(grid, capsules, blend_m).astype(np.float32), 0.0, spacing=(step,) * 3,
-                                           allow_degenerate=False)
+    axes = (lo + step * (np.arange(n) - 2) for lo, n in zip(low, counts, strict=True))
+    distance = capsule_distance(np.stack(np.meshgrid(*axes, indexing="ij"), -1), capsules, blend_m).astype(np.float32)
+    vertices, faces, _, _ = marching_cubes(distance, 0.0, spacing=(step,) * 3, allow_degenerate=False)
     return vertices + low - 2 * step, faces

@@ -59,8 +59,8 @@ def what_hides(
 ) -> str:  # "" when seen, else outside, border, self, tool, or what stands before it
     "Tell what hides a keypoint."
     T_cam_tool, eye = invert_rigid(camera.T_world_cam) @ T_world_tool, camera.T_world_cam[:3, 3]
-    if not in_image(project(transform(T_cam_tool, tool.keypoints_m[k, None]), camera.K), camera).all(): return "outside"
-    if not in_image(project(transform(T_cam_tool, tool.probes_m[k]), camera.K), camera).all(): return "border"
+    for points, where in ((tool.keypoints_m[k, None], "outside"), (tool.probes_m[k], "border")):
+        if not in_image(project(transform(T_cam_tool, points), camera.K), camera).all(): return where
     for probe, at_m in zip(tool.probes_m[k], transform(T_world_tool, tool.probes_m[k]), strict=True):
         name, hit, met_m = cast(eye, (at_m - eye) / np.linalg.norm(at_m - eye)) or ("nothing", 0, np.full(3, np.inf))
         if hit != number: return "tool" if hit else name.split(".")[0]

@@ -55,7 +55,9 @@ def rotated(
     return cv2.warpAffine(make(side, side).astype(np.float32), turn, (width, height), borderMode=cv2.BORDER_REFLECT)
 
 # %% ../../nbs/21d_looks.ipynb #c016
-def _hsv(rng: np.random.Generator, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
+def _hsv(
+    rng: np.random.Generator, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float],
+) -> np.ndarray:
     h, s, v = rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value)
     return cv2.cvtColor(np.array([[[h * 360, s, v]]], np.float32), cv2.COLOR_HSV2RGB)[0, 0]
 
@@ -63,7 +65,8 @@ def _hsv(rng: np.random.Generator, hue: tuple[float, float], saturation: tuple[f
 def _drape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     hue = [(0.40, 0.50), (0.52, 0.62), (0.33, 0.40), (0.58, 0.66)][rng.choice(4, p=[0.4, 0.35, 0.1, 0.15])]
     colour, folds = _hsv(rng, hue, (0.25, 0.8), (0.2, 0.75)), rng.uniform(0.04, 0.3) * min(height, width)
-    relief = rotated(lambda h, w: fractal_noise(rng, h, w, rng.uniform(2, 7), 3, rng.uniform(2, 6), 0.4), height, width, rng.uniform(0, 180))
+    def cloth(h: int, w: int) -> np.ndarray: return fractal_noise(rng, h, w, rng.uniform(2, 7), 3, rng.uniform(2, 6), 0.4)
+    relief = rotated(cloth, height, width, rng.uniform(0, 180))
     weave = 1 + rng.uniform(0, 0.06) * rng.standard_normal((height, width))
     return colour * (np.clip(shade(relief * folds, rng.uniform(0, 6.3)), 0.3, 1.6) * weave)[..., None]
 
@@ -72,7 +75,8 @@ def _skin(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     tone, red = _hsv(rng, (0.01, 0.09), (0.2, 0.55), (0.35, 0.95)), _hsv(rng, (-0.03, 0.02), (0.4, 0.8), (0.3, 0.7))
     blotch = fractal_noise(rng, height, width, rng.uniform(2, 6), 5)[..., None] ** 2
     skin = tone * (1 - 0.5 * blotch) + red * 0.5 * blotch
-    skin *= shade(fractal_noise(rng, height, width, 2, 2) * rng.uniform(0.05, 0.5) * min(height, width), rng.uniform(0, 6.3))[..., None]
+    relief = fractal_noise(rng, height, width, 2, 2) * rng.uniform(0.05, 0.5) * min(height, width)
+    skin *= shade(relief, rng.uniform(0, 6.3))[..., None]
     wet = fractal_noise(rng, height, width, 12, 3)[..., None]
     return skin + rng.uniform(0, 0.6) * np.clip(wet - 0.75, 0, 1) * 3
 
@@ -87,9 +91,10 @@ def _tissue(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 # %% ../../nbs/21d_looks.ipynb #c020
 def _steel(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    brushed = rotated(lambda h, w: fractal_noise(rng, h, w, max(h, w) / 3, 2, stretch=w / 6), height, width, rng.uniform(0, 180))
+    def grain(h: int, w: int) -> np.ndarray: return fractal_noise(rng, h, w, max(h, w) / 3, 2, stretch=w / 6)
+    brushed = rotated(grain, height, width, rng.uniform(0, 180)) - 0.5
     sheen = fractal_noise(rng, height, width, rng.uniform(1, 3), 2)
-    grey = rng.uniform(0.25, 0.75) * (1 + rng.uniform(0.02, 0.25) * (brushed - 0.5)) + rng.uniform(0.05, 0.5) * (sheen - 0.5)
+    grey = rng.uniform(0.25, 0.75) * (1 + rng.uniform(0.02, 0.25) * brushed) + rng.uniform(0.05, 0.5) * (sheen - 0.5)
     return grey[..., None] * (1 + rng.uniform(-0.06, 0.06, 3))
 
 # %% ../../nbs/21d_looks.ipynb #c021
@@ -121,8 +126,12 @@ def _draw_scrap(canvas: np.ndarray, rng: np.random.Generator) -> None:
         for share in np.linspace(1, 0.15, 5):
             cv2.line(canvas, p, q, (colour * (1.3 - share)).tolist(), max(1, int(thick * share)), cv2.LINE_AA)
     elif form == 1: cv2.circle(canvas, p, 3 * thick, colour.tolist(), thick if rng.random() < 0.5 else -1, cv2.LINE_AA)
-    elif form == 2: cv2.fillConvexPoly(canvas, np.int32([a, b, b + rng.normal(0, 0.1, 2) * (w, h)]), colour.tolist(), cv2.LINE_AA)
-    else: cv2.polylines(canvas, [np.int32(a + np.cumsum(rng.normal(0, 0.07, (9, 2)) * (w, h), 0))], False, colour.tolist(), max(1, thick // 4), cv2.LINE_AA)
+    elif form == 2:
+        corners = np.int32([a, b, b + rng.normal(0, 0.1, 2) * (w, h)])
+        cv2.fillConvexPoly(canvas, corners, colour.tolist(), cv2.LINE_AA)
+    else:
+        thread = np.int32(a + np.cumsum(rng.normal(0, 0.07, (9, 2)) * (w, h), 0))
+        cv2.polylines(canvas, [thread], False, colour.tolist(), max(1, thick // 4), cv2.LINE_AA)
 
 # %% ../../nbs/21d_looks.ipynb #c025
 def _clutter(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -209,7 +218,7 @@ def develop(
     image_bgr: np.ndarray,  # (H, W, 3) uint8
     *,
     seed: int,
-    brightness: float = 0.0,  # wanted mean of the image, 0..1, as far as highlights allow; 0 leaves the exposure alone
+    brightness: float = 0.0,  # wanted mean in 0..1, as far as highlights allow; 0 leaves the exposure alone
     gamma: float = 1.0,  # contrast curve
     white_bgr: tuple[float, float, float] = (1, 1, 1),  # white balance, factor per channel
     blur_sigma_px: float = 0.0,  # Gaussian sigma of the lens
@@ -217,7 +226,8 @@ def develop(
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Take a clean image through a cheap camera."
     image = image_bgr.astype(np.float32) / 255
-    gain = np.clip(min(brightness / max(float(image.mean()), 1e-3), 1 / max(float(np.percentile(image, 99)), 1e-3)), 0.5, 2.5) if brightness else 1.0
+    mean, bright = max(float(image.mean()), 1e-3), max(float(np.percentile(image, 99)), 1e-3)
+    gain = np.clip(min(brightness / mean, 1 / bright), 0.5, 2.5) if brightness else 1.0
     image = np.clip(image * gain * np.float32(white_bgr), 0, 1) ** gamma * 255
     if blur_sigma_px > 0.05: image = cv2.GaussianBlur(image, (0, 0), blur_sigma_px)
     if noise_sigma > 0: image += np.random.default_rng(seed).standard_normal(image.shape, np.float32) * noise_sigma

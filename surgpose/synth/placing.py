@@ -30,7 +30,8 @@ def read_camera(
     numbers = [data.get(n) if isinstance(data, dict) else None for n in names]
     for name, value in zip(names, numbers, strict=True):
         number = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-        if not number or (value <= 0 and name[0] != "c"): raise ValueError(f"{path}: expected {name} as a number in px, got {value!r}")
+        if not number or (value <= 0 and name[0] != "c"):
+            raise ValueError(f"{path}: expected {name} as a number in px, got {value!r}")
     return camera_matrix(*numbers[2:]), int(numbers[0]), int(numbers[1])
 
 # %% ../../nbs/21b_placing.ipynb #c008
@@ -106,8 +107,9 @@ def sample_materials(
     steel = rng.uniform(0.45, 0.9) * (1 + rng.uniform(-0.05, 0.05, 3))
     gold = np.array([0.9, 0.62, 0.25]) * rng.uniform(0.7, 1.05)
     insert = rng.uniform(0.1, 0.45) * np.ones(3)
+    looks = dict(steel=(steel, roughness), gold=(gold, 0.8 * roughness), insert=(insert, 0.5))
     return {role: dict(colour=colour.round(4).tolist(), roughness=round(float(rough), 4), metallic=1.0)
-            for role, colour, rough in (("steel", steel, roughness), ("gold", gold, 0.8 * roughness), ("insert", insert, 0.5))}
+            for role, (colour, rough) in looks.items()}
 
 # %% ../../nbs/21b_placing.ipynb #c027
 def turned(
@@ -138,11 +140,13 @@ def place_tool(
     opening = float(low + (high - low) * rng.beta(0.8, 1.2) * (rng.random() < 0.85))
     yaw, flip = rng.uniform(0, 2 * np.pi), np.pi * rng.integers(2)
     on_side = (asset["class"] == "tweezers" and rng.random() < 0.6) * np.pi / 2
-    R = turned(yaw, rng.normal(0, 0.35), rng.uniform(0, 2 * np.pi)) if held else turned(yaw, rng.normal(0, 0.03), flip + on_side)
+    if held: R = turned(yaw, rng.normal(0, 0.35), rng.uniform(0, 2 * np.pi))
+    else: R = turned(yaw, rng.normal(0, 0.03), flip + on_side)
     tool = build_tool(asset, opening)
     middle = 0.5 * (tool.keypoints_m[TIP] + tool.keypoints_m[HANDLE])
     lift = level_m - (tool.mesh.vertices @ R.T)[:, 2].min() + (rng.uniform(0.02, 0.10) if held else 0.0)
-    return ToolPlacement(asset, asset["class"], rigid(R, [*(-(R @ middle)[:2]), lift]), opening, sample_materials(rng, cfg), held)
+    T_world_tool = rigid(R, [*(-(R @ middle)[:2]), lift])
+    return ToolPlacement(asset, asset["class"], T_world_tool, opening, sample_materials(rng, cfg), held)
 
 # %% ../../nbs/21b_placing.ipynb #c034
 def length_m(

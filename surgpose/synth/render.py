@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config import RenderConfig
 from ..data.coco import new_coco, write_coco
-from ..files import MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, write_json, write_manifest
+from ..files import (MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, write_json,
+                            write_manifest)
 from ..schema import CLASSES
 from .mesh_import import import_obj
 from .placing import read_camera
@@ -31,7 +32,8 @@ def check_models(
     "Read every OBJ and its keypoints once."
     files = [(name, path) for name in CLASSES for path in sorted((cfg.models_dir / name).glob("*.obj"))]
     if not files:
-        raise FileNotFoundError(f"render.models_dir: expected {' or '.join(f'{c}/*.obj' for c in CLASSES)} in {cfg.models_dir}, there is none")
+        wanted = " or ".join(f"{c}/*.obj" for c in CLASSES)
+        raise FileNotFoundError(f"render.models_dir: expected {wanted} in {cfg.models_dir}, there is none")
     for name, path in files: import_obj(path, (cfg.kps_dir or path.parent) / f"{path.stem}_kps.json", name)
     return len(files)
 
@@ -43,7 +45,8 @@ def check_inputs(
     if cfg.camera_json: read_camera(cfg.camera_json)
     for name in ("hdri_dir", "backgrounds_dir", "models_dir", "kps_dir"):
         folder = getattr(cfg, name)
-        if folder and not folder.is_dir(): raise FileNotFoundError(f"render.{name}: expected a folder, got {str(folder)!r}")
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"render.{name}: expected a folder, got {str(folder)!r}")
     if cfg.hdri_dir: listed(cfg.hdri_dir, *HDRI)
     if cfg.backgrounds_dir: listed(cfg.backgrounds_dir, *PHOTO)
     if cfg.models_dir: check_models(cfg)
@@ -54,9 +57,11 @@ def check_space(
     cfg: RenderConfig,
 ) -> None:
     "Refuse to start when the disk cannot hold the dataset."
-    need = cfg.images * (cfg.width * cfg.height * cfg.res_scale**2 * 0.6 + 40_000)  # bytes: a fine JPEG, and its record
+    need = cfg.images * (cfg.width * cfg.height * cfg.res_scale**2 * 0.6 + 40_000)  # bytes: fine JPEG, and record
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
-    if free < need: raise RuntimeError(f"{out}: {cfg.images} images need about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; choose another folder")
+    if free < need:
+        raise RuntimeError(f"{out}: {cfg.images} images need about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+                           "choose another folder")
 
 # %% ../../nbs/23_render.ipynb #c012
 FREE = ("workers", "scenes_per_worker", "timeout_s")  # settings that change how, not what
@@ -77,7 +82,8 @@ def check_same(
 
 # %% ../../nbs/23_render.ipynb #c015
 def _whole(out: Path, record: dict) -> bool:
-    return all((out / s["file_name"]).is_file() and sha256_file(out / s["file_name"]) == s["sha256"] for s in record["shots"])
+    images = {out / s["file_name"]: s["sha256"] for s in record["shots"]}
+    return all(path.is_file() and sha256_file(path) == digest for path, digest in images.items())
 
 # %% ../../nbs/23_render.ipynb #c016
 def finished_records(
@@ -114,8 +120,8 @@ def record_to_annotations(
     record: dict,
 ) -> list[dict]:  # COCO annotations, still without ids
     "Write the COCO annotations of a scene."
-    images = record_to_images(record)
-    return [dict(image_id=image["id"], **row) for image, shot in zip(images, record["shots"], strict=True) for row in shot["annotations"]]
+    pairs = zip(record_to_images(record), record["shots"], strict=True)
+    return [dict(image_id=image["id"], **row) for image, shot in pairs for row in shot["annotations"]]
 
 # %% ../../nbs/23_render.ipynb #c023
 def dumps(
@@ -134,8 +140,10 @@ def assemble(
     rows = [records[i] for i in sorted(records)]
     images = [image for r in rows for image in record_to_images(r)]
     notes = [dict(id=n, **a) for n, a in enumerate((a for r in rows for a in record_to_annotations(r)), 1)]
-    write_coco(out / "coco_annotations.json", new_coco(images, notes, dict(description="rendered by surgpose", seed=facts["seed"])))
-    lines = [dict(scene=r["scene"], shots=[{k: v for k, v in s.items() if k != "sha256"} for s in r["shots"]]) for r in rows]
+    info = dict(description="rendered by surgpose", seed=facts["seed"])
+    write_coco(out / "coco_annotations.json", new_coco(images, notes, info))
+    lines = [dict(scene=r["scene"], shots=[{k: v for k, v in s.items() if k != "sha256"} for s in r["shots"]])
+             for r in rows]
     atomic_write(out / "scenes.jsonl", "".join(dumps(line) + "\n" for line in lines))
     seconds = {str(r["scene"]["index"]): r["seconds"] for r in rows}
     write_manifest(out, {**facts, "created": utc_now(), "seconds": seconds},

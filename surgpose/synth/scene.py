@@ -14,8 +14,8 @@ from ..geometry import invert_rigid, project, transform
 from ..schema import CLASSES
 from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlacement, World
 from .placing import choose_asset, move_into_view, place_tool, sample_camera, split_of
-from .surroundings import (grip, leaves_view, sample_background, sample_lights, sample_occluder, sample_post,
-                                          sample_world)
+from .surroundings import (grip, leaves_view, sample_background, sample_lights, sample_occluder,
+                                         sample_post, sample_world)
 from .tools import build_tool
 
 # %% auto #0

@@ -19,20 +19,25 @@ from ..config import RenderConfig
 __all__ = ['import_blenderproc', 'set_device', 'start_blender']
 
 # %% ../../nbs/22a_startup.ipynb #c005
+def _folder() -> Path:
+    return Path(importlib.util.find_spec("blenderproc").origin).parent
+
+# %% ../../nbs/22a_startup.ipynb #c006
 def _without_installer() -> None:
     name = "blenderproc.python.utility.SetupUtility"
     nothing = types.ModuleType(name)
-    nothing.SetupUtility = type("SetupUtility", (), {"setup": staticmethod(lambda *a, **k: []), "setup_pip": staticmethod(lambda *a, **k: "")})
+    idle = {"setup": staticmethod(lambda *a, **k: []), "setup_pip": staticmethod(lambda *a, **k: "")}
+    nothing.SetupUtility = type("SetupUtility", (), idle)
     sys.modules[name] = nothing
     os.environ["INSIDE_OF_THE_INTERNAL_BLENDER_PYTHON_ENVIRONMENT"] = "1"
-    sys.path.insert(0, str(Path(importlib.util.find_spec("blenderproc").origin).parents[1]))  # it removes one of the two
+    sys.path.insert(0, str(_folder().parent))  # it removes one of the two
 
-# %% ../../nbs/22a_startup.ipynb #c006
+# %% ../../nbs/22a_startup.ipynb #c007
 def import_blenderproc() -> Any:  # the module blenderproc
     "Import BlenderProc, whichever of its ways it wants."
     import bpy  # noqa: F401  must come first
 
-    paths, setup = list(sys.path), Path(importlib.util.find_spec("blenderproc").origin).parent / "python/utility/SetupUtility.py"
+    paths, setup = list(sys.path), _folder() / "python/utility/SetupUtility.py"
     if "INSIDE_OF_THE_INTERNAL_BLENDER_PYTHON_ENVIRONMENT" in os.environ: pass
     elif "USE_EXTERNAL_BPY_MODULE" in setup.read_text(encoding="utf-8"): os.environ["USE_EXTERNAL_BPY_MODULE"] = "1"
     else: _without_installer()
@@ -41,7 +46,7 @@ def import_blenderproc() -> Any:  # the module blenderproc
     sys.path[:] = paths + [p for p in sys.path if p not in paths]
     return blenderproc
 
-# %% ../../nbs/22a_startup.ipynb #c010
+# %% ../../nbs/22a_startup.ipynb #c011
 def _init(bproc: Any, temp: str) -> None:
     import bpy
     from blenderproc.python.utility.GlobalStorage import GlobalStorage
@@ -57,7 +62,7 @@ def _init(bproc: Any, temp: str) -> None:
         GlobalStorage.add("bproc_init_complete", True)
     Utility.temp_dir = temp
 
-# %% ../../nbs/22a_startup.ipynb #c011
+# %% ../../nbs/22a_startup.ipynb #c012
 def set_device(
     bproc: Any,
     device: str,  # auto, cpu, a GPU's number, or several like 0,1
@@ -73,12 +78,13 @@ def set_device(
         except (TypeError, ValueError): continue
         wanted = range(len(gpus)) if device == "auto" else [int(i) for i in device.split(",")]
         if not gpus or max(wanted) >= len(gpus): continue
-        bproc.renderer.set_render_devices(desired_gpu_device_type=kind, desired_gpu_ids=list(wanted)[:1 if device == "auto" else None])
+        wanted = list(wanted)[:1 if device == "auto" else None]
+        bproc.renderer.set_render_devices(desired_gpu_device_type=kind, desired_gpu_ids=wanted)
         return f"{kind} {','.join(map(str, wanted))}"
     if device != "auto": raise RuntimeError(f"device: Blender finds no GPU {device}; use cpu or auto")
     return "cpu"
 
-# %% ../../nbs/22a_startup.ipynb #c013
+# %% ../../nbs/22a_startup.ipynb #c014
 def start_blender(
     cfg: RenderConfig,
     *,

@@ -24,7 +24,8 @@ __all__ = ['GLOVES', 'SKINS', 'HDRI', 'PHOTO', 'WORLDS', 'VAL_TEXTURES', 'CLIP_T
            'sample_post']
 
 # %% ../../nbs/21c_surroundings.ipynb #c005
-GLOVES = ((0.78, 0.78, 0.74), (0.85, 0.80, 0.68), (0.35, 0.52, 0.75), (0.16, 0.28, 0.55), (0.35, 0.6, 0.5), (0.06, 0.06, 0.07), (0.5, 0.4, 0.62))
+GLOVES = ((0.78, 0.78, 0.74), (0.85, 0.80, 0.68), (0.35, 0.52, 0.75), (0.16, 0.28, 0.55), (0.35, 0.6, 0.5),
+          (0.06, 0.06, 0.07), (0.5, 0.4, 0.62))
 SKINS = ((0.72, 0.46, 0.34), (0.55, 0.33, 0.22), (0.8, 0.58, 0.46), (0.25, 0.14, 0.09))
 
 def sample_hand_colour(
@@ -32,7 +33,8 @@ def sample_hand_colour(
 ) -> tuple[float, float, float]:  # RGB in 0..1
     "Draw a glove or a skin, a little off the list."
     base = GLOVES[rng.integers(len(GLOVES))] if rng.random() < 0.8 else SKINS[rng.integers(len(SKINS))]
-    return tuple(np.clip(np.array(base) * rng.uniform(0.75, 1.15) + rng.normal(0, 0.03, 3), 0.01, 0.95).round(4).tolist())
+    colour = np.array(base) * rng.uniform(0.75, 1.15) + rng.normal(0, 0.03, 3)
+    return tuple(np.clip(colour, 0.01, 0.95).round(4).tolist())
 
 # %% ../../nbs/21c_surroundings.ipynb #c007
 def grip(
@@ -129,11 +131,13 @@ def sample_lights(
     watts = (12.0, 5.0, 7.0) if strategy == "studio" else (6.0,) if rng.random() < 0.6 else ()
     lights, azimuth = [], rng.uniform(0, 2 * np.pi)
     for i, power in enumerate(watts):
-        height, around, distance = np.radians(rng.uniform(30, 80)), azimuth + i * 2.1 + rng.normal(0, 0.3), rng.uniform(0.5, 0.9)
+        height, around = np.radians(rng.uniform(30, 80)), azimuth + i * 2.1 + rng.normal(0, 0.3)
+        distance = rng.uniform(0.5, 0.9)
         way = np.array([np.cos(height) * np.cos(around), np.cos(height) * np.sin(around), np.sin(height)])
         tint = np.clip(1 + rng.normal(0, 0.08) * np.array([1.0, 0.1, -1.0]), 0.6, 1.4)
         energy = power * (distance / 0.7) ** 2 * np.exp(rng.uniform(*np.log(cfg.light_strength)))
-        lights.append(Light(look_at(target_m + distance * way, target_m), float(rng.uniform(0.1, 0.5)), float(energy), tuple(tint.tolist())))
+        T_world_light, size = look_at(target_m + distance * way, target_m), float(rng.uniform(0.1, 0.5))
+        lights.append(Light(T_world_light, size, float(energy), tuple(tint.tolist())))
     return tuple(lights)
 
 # %% ../../nbs/21c_surroundings.ipynb #c030
@@ -149,7 +153,8 @@ def sample_background(
 ) -> Background:
     "Draw what is behind the tools."
     seed, shadow = int(rng.integers(2**31)), float(rng.uniform(0, 0.7) * (rng.random() < 0.8))
-    name = str(rng.choice([n for n in TEXTURES if n not in CLIP_TEXTURES and (split == "val" or n not in VAL_TEXTURES)]))
+    closed = CLIP_TEXTURES + (() if split == "val" else VAL_TEXTURES)
+    name = str(rng.choice([n for n in TEXTURES if n not in closed]))
     if strategy != "composite":
         kind = "table" if rng.random() < TABLE_SHARE[strategy] else "world"
         return Background(kind, name, seed, float(rng.uniform(0.3, 0.9)), float(rng.uniform(0.15, 0.9)))
@@ -165,6 +170,7 @@ def sample_post(
 ) -> Post:
     "Draw the camera's faults."
     white = 1 + rng.normal(0, 0.05) * np.array([1.0, 0.0, -1.0]) + rng.normal(0, 0.015, 3)
-    return Post(int(rng.integers(2**31)), float(rng.uniform(0.3, 0.58)), float(np.exp(rng.normal(0, 0.15))), tuple(white.round(4).tolist()),
-                float(rng.uniform(*cfg.blur_sigma_px)), float(rng.uniform(*cfg.noise_sigma)),
-                int(rng.integers(cfg.jpeg_quality[0], cfg.jpeg_quality[1] + 1)))
+    return Post(seed=int(rng.integers(2**31)), brightness=float(rng.uniform(0.3, 0.58)),
+                gamma=float(np.exp(rng.normal(0, 0.15))), white_bgr=tuple(white.round(4).tolist()),
+                blur_sigma_px=float(rng.uniform(*cfg.blur_sigma_px)), noise_sigma=float(rng.uniform(*cfg.noise_sigma)),
+                jpeg_quality=int(rng.integers(cfg.jpeg_quality[0], cfg.jpeg_quality[1] + 1)))

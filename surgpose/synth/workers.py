@@ -95,7 +95,8 @@ def run_worker(
     code = process.wait(); dog.cancel()
     why = f"no sign of life for {crew.cfg.timeout_s:g} s" if silent.is_set() else f"worker ended with code {code}"
     if not ready and not crew.stop.is_set():
-        raise RuntimeError(f"render: Blender did not start ({why}): {last_words(log)}; `surgpose doctor` tells what is missing")
+        raise RuntimeError(f"render: Blender did not start ({why}): {last_words(log)}; "
+                           "`surgpose doctor` tells what is missing")
     log.unlink(missing_ok=True); (log.with_suffix(".job")).unlink(missing_ok=True)
     return drawn, errors, "" if len(drawn) + len(errors) == len(scenes) else why
 
@@ -126,7 +127,8 @@ def draw_shard(
         if len(crew.failed) > crew.budget():
             crew.stop.set()
             index, reason = next(iter(crew.failed.items()))
-            raise RuntimeError(f"render: {len(crew.failed)} scenes failed {ATTEMPTS} times, given up; scene {index}: {reason}")
+            raise RuntimeError(f"render: {len(crew.failed)} scenes failed {ATTEMPTS} times, given up; "
+                               f"scene {index}: {reason}")
 
 # %% ../../nbs/23a_workers.ipynb #c019
 def draw_all(
