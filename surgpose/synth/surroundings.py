@@ -128,7 +128,7 @@ def sample_lights(
     target_m: np.ndarray,  # (3,) what the lamps point at
 ) -> tuple[Light, ...]:
     "Draw the lamps."
-    watts = (12.0, 5.0, 7.0) if strategy == "studio" else (6.0,) if rng.random() < 0.6 else ()
+    watts = (5.5, 2.2, 3.2) if strategy == "studio" else (6.0,) if rng.random() < 0.6 else ()
     lights, azimuth = [], rng.uniform(0, 2 * np.pi)
     for i, power in enumerate(watts):
         height, around = np.radians(rng.uniform(30, 80)), azimuth + i * 2.1 + rng.normal(0, 0.3)
