@@ -377,7 +377,25 @@ def test_the_committed_sample_is_whole():
     assert check_manifest(sample / "render") == []
     coco = read_coco(sample / "render" / "coco_annotations.json", check_images=True)
     assert len(coco["images"]) >= 8 and {im["split"] for im in coco["images"]} == {"train", "val"}
-    clip = read_coco(sample / "clip_coco.json")
-    assert [im["frame"] for im in clip["images"]] == list(range(len(clip["images"])))
-    assert len(clip["annotations"]) >= 2 * len(clip["images"]) - 4
+
+
+def test_the_committed_clip_is_what_the_code_films():
+    "Labels follow from the seed alone, so they can be checked without drawing a frame."
+    from surgpose.config import project_root
+    from surgpose.data.video import video_info
+    from surgpose.synth.clip import sample_clip
+
+    sample = project_root() / "data" / "sample"
+    clip, info = read_coco(sample / "clip_coco.json"), video_info(sample / "clip.mp4")
     assert (sample / "clip.mp4").stat().st_size < 400_000
+    assert [im["frame"] for im in clip["images"]] == list(range(info.frames))
+    assert (info.width, info.height) == (clip["images"][0]["width"], clip["images"][0]["height"])
+    cfg = RenderConfig(width=info.width, height=info.height)
+    scenes = sample_clip(info.frames, cfg, seed=clip["info"]["seed"], fps=clip["info"]["fps"])
+    rows = annotations_by_image(clip)
+    for image, scene in zip(clip["images"], scenes, strict=True):
+        for row in rows[image["id"]]:
+            tool = next(t for t in scene.tools if t.class_name == CLASSES[row["category_id"] - 1])
+            T_cam_tool = invert_rigid(scene.cameras[0].T_world_cam) @ tool.T_world_tool
+            assert np.allclose(row["T_cam_tool"], T_cam_tool, atol=1e-6)
+            assert row["opening_deg"] == pytest.approx(tool.opening_deg, abs=1e-3)
