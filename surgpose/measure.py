@@ -119,26 +119,27 @@ def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: st
 
 # %% ../nbs/89a_measure.ipynb #c021
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
-                   truth: Path | None, seen: list[dict], device: str) -> list[dict]:
+                   truth: Path | None, seen: list[dict], same: bool, device: str) -> list[dict]:
     from surgpose.pose.evaluate import tip_errors
     sets, labels = [], read_truth(truth) if truth and video else None
     def add(name: str, unit: str, n: int, rows: list[dict]) -> None:
         sets.append(dict(name=name, unit=unit, n=n, rows=rows))
+    def pair(found: list[dict]) -> tuple[dict, dict]: return found[0], found[-1] if len(found) > 1 or same else {}
     if data:
-        old, new, *_ = [*(_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs), {}]
+        old, new = pair([_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs])
         add("synthetic validation", "images", old["n_images"], metric_rows(old, new))
     if isinstance(labels, dict):
-        old, new, *_ = [*(labelled_metrics(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs), {}]
+        old, new = pair([labelled_metrics(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs])
         add("labelled clip", "frames", old["n_images"], metric_rows(old, new))
     elif labels is not None:
-        old, new, *_ = [*(tip_errors(p, labels) for p in seen), {}]
+        old, new = pair([tip_errors(p, labels) for p in seen])
         add("tip tracks", "tips", sum(t["n"] for t in old.values()), tip_rows(old, new))
     return sets
 
 # %% ../nbs/89a_measure.ipynb #c022
 def compare_runs(
     before: Path,  # run folder of a trained network
-    after: Path,  # run folder of another; without weights in it, `before` is measured alone
+    after: Path,  # run folder of another; a refinement without weights went on with `before`
     out: Path,  # folder for compare.json, predictions/ and predictions_refined/
     cfg: EvaluateConfig,
     *,
@@ -151,14 +152,17 @@ def compare_runs(
     "Compare two networks, and write what was found."
     if not (data or video): raise ValueError("compare: expected a dataset, a video, or both, got neither")
     runs = [r for r in (before, after) if (r / "weights" / "best.pt").is_file()]
-    if before not in runs: raise FileNotFoundError(f"{before}: expected a run folder with weights/best.pt")
+    gate = read_json(after / "refine.json") if (after / "refine.json").is_file() else {}
+    for r in (before, *([] if gate else [after])):
+        if r not in runs: raise FileNotFoundError(f"{r}: expected a run folder with weights/best.pt")
     from surgpose.pose.compare import side_by_side
     folders, predict = (out / "predictions", out / "predictions_refined"), predict or PredictConfig()
     seen = [_predicted(r, video, f, predict, device) for r, f in zip(runs, folders, strict=False) if video]
-    sets = _compared_sets(runs, out, cfg, data, video, truth or (find_truth(video) if video else None), seen, device)
+    truth, same = truth or (find_truth(video) if video else None), gate.get("kept") == "teacher"
+    sets = _compared_sets(runs, out, cfg, data, video, truth, seen, same, device)
     if len(seen) == 2 and predict.overlay: side_by_side(video, *folders, out / "side_by_side.mp4")
-    gate = read_json(after / "refine.json") if (after / "refine.json").is_file() else {}
     steady = [*map(_jitter, folders[:len(seen)]), None, None]
+    if same and len(seen) == 1: steady = steady[:1] * 2
     found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video,
                  sets=sets, jitter_px=dict(before=steady[0], after=steady[1]))
     write_json(out / "compare.json", found)
