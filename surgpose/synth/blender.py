@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from functools import cache, partial
@@ -30,7 +31,7 @@ from .tools import Tool, build_tool
 
 # %% auto #0
 __all__ = ['T_CV_BLENDER', 'mean_light', 'build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'draw_camera',
-           'draw_scene', 'background_picture', 'finish', 'write_scene', 'run_job', 'main']
+           'draw_scene', 'background_picture', 'finish', 'write_scene', 'draw_wanted', 'run_job', 'main']
 
 # %% ../../nbs/22_blender.ipynb #c005
 T_CV_BLENDER = np.diag([1.0, -1, -1, 1])  # Blender's cameras and lamps look along -z, y up
@@ -246,26 +247,36 @@ def write_scene(
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
 
-# %% ../../nbs/22_blender.ipynb #c034
+# %% ../../nbs/22_blender.ipynb #c033
+def draw_wanted(
+    bproc: Any,
+    cfg: RenderConfig,
+    job: dict,  # out and seed count
+    wanted: int | dict,  # index of a scene, or a whole scene as plain data
+) -> dict:  # index, and seconds or the error
+    "Draw one scene of a job; whatever goes wrong is an answer too, and the next scene has its chance."
+    index = wanted if isinstance(wanted, int) else wanted["index"]
+    try:
+        scene = sample_scene(index, job["seed"], cfg) if isinstance(wanted, int) else Scene.from_dict(wanted)
+        return dict(index=index, seconds=write_scene(bproc, scene, Path(job["out"]))["seconds"])
+    except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}")
+
+# %% ../../nbs/22_blender.ipynb #c035
 def run_job(
     job: dict,  # out, config, seed, device, threads, parent (process id), scenes (indices or plain data)
 ) -> None:
     "Draw the scenes of a job and say a line of JSON on the real standard output for each."
     say = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Blender chats on standard output
-    cfg = RenderConfig(**job["config"])
-    bproc = start_blender(cfg, device=job["device"], threads=job["threads"])
-    print(json.dumps(dict(ready=True)), file=say, flush=True)
-    for wanted in job["scenes"]:
-        if os.getppid() != job["parent"]: return  # nobody waits for us any more
-        index = wanted if isinstance(wanted, int) else wanted["index"]
-        try:
-            scene = sample_scene(index, job["seed"], cfg) if isinstance(wanted, int) else Scene.from_dict(wanted)
-            line = dict(index=index, seconds=write_scene(bproc, scene, Path(job["out"]))["seconds"])
-        except Exception as e: line = dict(index=index, error=f"{type(e).__name__}: {e}")
-        print(json.dumps(line), file=say, flush=True)
+    cfg, memory = RenderConfig(**job["config"]), "/dev/shm"
+    with tempfile.TemporaryDirectory(prefix="surgpose-", dir=memory if os.access(memory, os.W_OK) else None) as temp:
+        bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
+        print(json.dumps(dict(ready=True)), file=say, flush=True)
+        for wanted in job["scenes"]:
+            if os.getppid() != job["parent"]: return  # nobody waits for us any more
+            print(json.dumps(draw_wanted(bproc, cfg, job, wanted)), file=say, flush=True)
 
-# %% ../../nbs/22_blender.ipynb #c036
+# %% ../../nbs/22_blender.ipynb #c037
 def main(
     argv: list[str],  # one path, the job's JSON
 ) -> None:

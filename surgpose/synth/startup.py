@@ -90,12 +90,13 @@ def start_blender(
     *,
     device: str = "auto",
     threads: int = 0,  # CPU threads to render with; 0 takes all
+    temp: str | None = None,  # folder for what passes between Blender and us; a new one when absent
 ) -> Any:  # the module blenderproc, ready to draw
     "Start Blender once in this process and set Cycles up for small, quick pictures."
     import bpy
 
     bproc = import_blenderproc()
-    _init(bproc, tempfile.mkdtemp(prefix="surgpose-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    _init(bproc, temp or tempfile.mkdtemp(prefix="surgpose-"))
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False  # scripts in foreign .blend files stay asleep
     set_device(bproc, device)
     bproc.renderer.set_cpu_threads(threads)
