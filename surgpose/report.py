@@ -210,6 +210,7 @@ def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
         papermill.execute_notebook(
             str(source), str(target), values, kernel_name="python3", progress_bar=False, cwd=str(project_root()),
             execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
+            iopub_timeout=60,  # on a busy machine outputs come late, and after this time they are dropped
             extra_arguments=["--IPKernelApp.log_level=50"], config=Config(KernelManager=dict(transport=transport)))
     except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
     except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel, or a timeout
