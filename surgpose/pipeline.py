@@ -134,7 +134,8 @@ def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Adapt the teacher to the video."
     from surgpose.adapt.refine import refine
     out = refine(best_weights(job.out / "teacher"), job.out / "synthetic", job.out / "pseudo" / "dataset",
-                 job.out / "refined", job.cfg.train, job.cfg.refine, seed=job.cfg.seed, device=job.cfg.device)
+                 job.out / "refined", job.cfg.train, job.cfg.refine, evaluate_cfg=job.cfg.evaluate, seed=job.cfg.seed,
+                 device=job.cfg.device)
     return {"kept": read_json(out / "refine.json")["kept"]}
 
 # %% ../nbs/90_pipeline.ipynb #c020
@@ -187,7 +188,7 @@ PHASES: tuple[Phase, ...] = (
           inputs=lambda job: (job.video, job.out / "pseudo" / "decisions.jsonl"),
           code=(*_GROUND, "data/video", "data/packets", "pose/predict", "adapt")),
     Phase("refine", refine_phase, needs=("render", "train", "pseudo"), makes=("refined/refine.json",),
-          sections=("train", "refine", "seed"), clears=("refined",),
+          sections=("train", "refine", "evaluate", "seed"), clears=("refined",),
           code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train", "adapt/refine")),
     Phase("compare", compare_phase, needs=("render", "evaluate", "predict", "refine"), makes=("compare.json",),
           sections=("evaluate", "predict"), inputs=lambda job: (job.video, job.truth), clears=("predictions_refined",),

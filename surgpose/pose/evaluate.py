@@ -153,10 +153,13 @@ def _tip_gap(row: dict | None, frames: dict[int, dict], tips: TipTracks, i: int)
 
 def _tip_row(gaps: np.ndarray, diagonal_px: float, resamples: int) -> dict:
     got, inside = gaps[np.isfinite(gaps)], gaps <= TIP_SHARE * diagonal_px
-    low, high = bootstrap_ci(lambda k: inside[k].mean(), len(gaps), resamples)
+    share = got / diagonal_px
+    near = bootstrap_ci(lambda k: inside[k].mean(), len(gaps), resamples)
+    far = bootstrap_ci(lambda k: np.median(share[k]), len(got), resamples)
     median = float(np.median(got)) if len(got) else float("nan")
     return _no_nan(dict(n=len(gaps), found=len(got), median_px=median, median_share=median / diagonal_px,
-                        within=float(inside.mean()) if len(gaps) else float("nan"), within_low=low, within_high=high))
+                        median_share_low=far[0], median_share_high=far[1],
+                        within=float(inside.mean()) if len(gaps) else float("nan"), within_low=near[0], within_high=near[1]))
 
 # %% ../../nbs/31_evaluate.ipynb #c023
 TIP_SHARE = 0.05  # of the image diagonal
@@ -166,7 +169,7 @@ def tip_errors(
     tips: TipTracks,  # the labelled tips
     *,
     resamples: int = 200,
-) -> dict[str, dict]:  # class -> n, found, keyframes, median_px, median_share, within, within_low, within_high
+) -> dict[str, dict]:  # class -> n, found, keyframes, median_px; median_share and within, each with _low and _high
     "Compare predicted tips with labelled ones, frame by frame."
     frames = {im["id"]: im for im in predictions["images"]}
     best: dict[tuple[int, int], dict] = {}
