@@ -17,13 +17,12 @@ import pytest
 
 from surgpose import doctor
 from surgpose.cli import main, parse_verb
-from surgpose.config import shared_dir
+from surgpose.config import project_root
 from surgpose.data.coco import new_coco, read_coco, write_coco
 from surgpose.data.video import read_image, video_info, write_video
 from surgpose.files import append_jsonl, check_manifest, read_json, write_json
 from surgpose.verbs import VERBS
 
-WEIGHTS = "weights/yolov8n-pose_coco_statedict.pt"
 TINY = [
     "--images",
     "6",
@@ -102,8 +101,8 @@ def make_clip(folder: Path, data: Path, repeats: int = 3) -> Path:
 
 
 def weights_init() -> str:
-    shared = shared_dir()
-    return str(shared / WEIGHTS) if shared and (shared / WEIGHTS).is_file() else "scratch"
+    starter = project_root() / "data" / "weights" / "surgpose-n.pt"
+    return str(starter) if starter.is_file() else "scratch"
 
 
 @pytest.fixture(scope="module")
