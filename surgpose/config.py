@@ -186,9 +186,10 @@ class RunConfig(Section):
 # %% ../nbs/01_config.ipynb #c023
 PROFILES: dict[str, dict] = {
     "demo": dict(
-        render=dict(images=64),
-        train=dict(epochs=8),
-        refine=dict(epochs=4, synthetic_per_pseudo=2.0),
+        render=dict(images=80),
+        train=dict(imgsz=416, epochs=12, lr0=5e-4),
+        pseudo=dict(det_conf=0.40, doubt_conf=0.40),
+        refine=dict(epochs=4, lr0=5e-4, min_frames=2),
     ),
     "cpu": dict(
         render=dict(images=1000, width=640, height=480, workers=2, samples=6, val_share=0.15),
