@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from html import escape
@@ -203,17 +204,18 @@ def check_parameters(
 # %% ../nbs/91_report.ipynb #c035
 def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
     import papermill
-    from jupyter_core.paths import jupyter_runtime_dir
     from traitlets.config import Config
-    transport = "ipc" if len(jupyter_runtime_dir()) < 55 else "tcp"  # off the network, but a socket's path is short
-    try:  # the timeout is per cell
-        papermill.execute_notebook(
-            str(source), str(target), values, kernel_name="python3", progress_bar=False, cwd=str(project_root()),
-            execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
-            iopub_timeout=60,  # on a busy machine outputs come late, and after this time they are dropped
-            extra_arguments=["--IPKernelApp.log_level=50"], config=Config(KernelManager=dict(transport=transport)))
-    except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
-    except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel, or a timeout
+    with tempfile.TemporaryDirectory(prefix="surgpose-") as d:  # sockets of its own: two runs at a time never meet
+        transport = "ipc" if len(d) < 60 else "tcp"  # off the network, but a socket's path is short
+        kernel = dict(transport=transport, connection_file=f"{d}/kernel.json")
+        try:  # the timeout is per cell
+            papermill.execute_notebook(
+                str(source), str(target), values, kernel_name="python3", progress_bar=False, cwd=str(project_root()),
+                execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
+                iopub_timeout=60,  # on a busy machine outputs come late, and after this time they are dropped
+                extra_arguments=["--IPKernelApp.log_level=50"], config=Config(KernelManager=kernel))
+        except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
+        except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel, or a timeout
     return ""
 
 # %% ../nbs/91_report.ipynb #c036
