@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..config import EvaluateConfig, PredictConfig
 from ..data.coco import AREA_SHARE
 from ..data.draw import draw_poses
-from ..data.video import count_source, is_video, iter_source, video_info, write_video
+from ..data.video import count_source, is_video, iter_source, read_image, video_info, write_video
 from ..data.yolo import POINT_SHIFT
 from ..files import atomic_path, atomic_write, lock_folder, read_json, utc_now, versions, write_json
 from .model import find_weights, load_model, model_sha, resolve_device
@@ -144,6 +144,7 @@ def predict(
     weights = find_weights(weights)
     if weights is None: raise FileNotFoundError("predict: expected weights, and the project has no starter weights here; "
                                                 "name a trained checkpoint")
+    if source.is_file() and not is_video(source): read_image(source)  # refused before anything is made
     total, model, lost = count_source(source, cfg.stride), load_model(weights), []
     facts = dict(source=source.name, weights_sha256=model_sha(weights), imgsz=cfg.imgsz or model.trained_imgsz,
                  **cfg.model_dump(mode="json", exclude={"imgsz", "overlay"}))
