@@ -123,6 +123,13 @@ def test_any_value_anywhere_in_cvat(tmp_path_factory, data):
         assert str(path) in str(e)
 
 
+def test_a_frame_number_beyond_any_video(tmp_path):
+    path = write_cvat_tips(tmp_path / "t.xml", TipTracks([1], [7], [[1, 2]], [True], 64, 48))
+    path.write_text(path.read_text().replace('frame="7"', f'frame="{"9" * 400}"'))
+    with pytest.raises(ValueError, match="t.xml.*so many frames"):
+        read_cvat_tips(path)
+
+
 @hostile
 @given(st.binary(max_size=200))
 def test_any_bytes_as_any_file(tmp_path_factory, content):

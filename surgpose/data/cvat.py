@@ -19,7 +19,7 @@ from ..files import atomic_write
 from ..schema import CLASSES, KEYPOINTS, category_id, class_name
 
 # %% auto #0
-__all__ = ['TipTracks', 'write_cvat_tips', 'read_cvat_tips', 'write_cvat_skeletons']
+__all__ = ['LAST_FRAME', 'TipTracks', 'write_cvat_tips', 'read_cvat_tips', 'write_cvat_skeletons']
 
 # %% ../../nbs/12_cvat.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -118,11 +118,15 @@ def _known(label: str) -> int:
     except ValueError: return 0
 
 # %% ../../nbs/12_cvat.ipynb #c016
+LAST_FRAME = 10**8  # 46 days at 25 frames a second; a larger number is a slip or an attack
+
 def _tip(node: Element, where: str) -> tuple[int, float, float, bool]:
     try:
         (xy,) = node.attrib["points"].split(";")
         x, y = (float(v) - POINT_SHIFT for v in xy.split(","))
-        return int(node.attrib["frame"]), x, y, node.attrib["keyframe"] == "1"
+        frame = int(node.attrib["frame"])
+        if frame > LAST_FRAME: raise ValueError("no video has so many frames")
+        return frame, x, y, node.attrib["keyframe"] == "1"
     except (KeyError, ValueError) as e:
         raise ValueError(f"{where}: expected frame, keyframe and one point x,y: {node.attrib}, {e}") from None
 
