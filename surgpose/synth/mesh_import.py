@@ -172,26 +172,7 @@ def _inside(vertices: np.ndarray, end: np.ndarray, reach: float) -> np.ndarray:
     middle = near.mean(0) if len(near) else end
     return middle - max(0.0, 0.25 * reach - np.linalg.norm(middle - end)) * end / np.linalg.norm(end)
 
-# %% ../../nbs/20c_mesh_import.ipynb #c025
-def _thickness(mesh: trimesh.Trimesh, probes: np.ndarray, length: float) -> float:
-    t = np.arange(8) / 8 * 2 * np.pi
-    ways = np.stack([0 * t, np.cos(t), np.sin(t)], -1)
-    eye, way = np.repeat(probes, 8, 0), np.tile(ways, (len(probes), 1))
-    hits, ray, _ = mesh.ray.intersects_location(eye, way, multiple_hits=False)
-    far = np.linalg.norm(hits - eye[ray], axis=1)
-    far = far[far < 0.03 * length].max(initial=0) + 0.002 * length
-    return float(np.clip(far, 0.01 * length, 0.03 * length))
-
 # %% ../../nbs/20c_mesh_import.ipynb #c026
-def _arms(mesh: trimesh.Trimesh, hinge: np.ndarray) -> np.ndarray:
-    arms = []
-    for way in ([0, 1.0, 0], [0, -1.0, 0]):
-        hits = mesh.ray.intersects_location(hinge[None], [way])[0]
-        hits = hits[np.argsort(np.abs(hits[:, 1]))]
-        if len(hits) >= 2: arms.append(hits[:2].mean(0))
-    return np.stack(arms) if len(arms) == 2 else hinge[None]
-
-# %% ../../nbs/20c_mesh_import.ipynb #c028
 def _obj_lines(tool: Tool) -> Iterator[str]:
     start = 1
     for name, mesh in tool.parts.items():
@@ -200,13 +181,13 @@ def _obj_lines(tool: Tool) -> Iterator[str]:
         yield from ("f {} {} {}".format(*f) for f in mesh.faces + start)
         start += len(mesh.vertices)
 
-# %% ../../nbs/20c_mesh_import.ipynb #c029
+# %% ../../nbs/20c_mesh_import.ipynb #c027
 def _far_ends(asset: dict, opening_deg: float) -> np.ndarray:
     if asset["kind"] == "obj": return _pose(Sidecar(**asset["kps"]), read_obj(asset["path"]), opening_deg)[3]
     closed, tool = (build_tool(asset, angle).parts for angle in (0.0, opening_deg))
     return np.stack([_vertices(tool, h)[np.argmin(_vertices(closed, h)[:, 0])] for h in ("left", "right")])
 
-# %% ../../nbs/20c_mesh_import.ipynb #c030
+# %% ../../nbs/20c_mesh_import.ipynb #c028
 def export_tool(
     asset: dict,
     opening_deg: float,  # within `opening_range(asset)`
@@ -226,7 +207,7 @@ def export_tool(
     atomic_write(obj, "\n".join(_obj_lines(tool)) + "\n")
     return obj, write_json(kps, side)
 
-# %% ../../nbs/20c_mesh_import.ipynb #c039
+# %% ../../nbs/20c_mesh_import.ipynb #c037
 def import_surgeonet(
     obj: Path | str,  # the mesh, with objects left and right
     kps_csv: Path | str,  # the table of vertices
@@ -252,7 +233,7 @@ def import_surgeonet(
             "opening_range_deg": (_jaw_angle(points), _jaw_angle(points) + opening_deg)}
     return _asset(obj, parse_sidecar(side, f"{kps_csv} {name}"), f"{kps_csv} {name}")
 
-# %% ../../nbs/20c_mesh_import.ipynb #c040
+# %% ../../nbs/20c_mesh_import.ipynb #c038
 def _row(path: Path, name: str, vertices: int) -> list[int]:
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected a table of vertices, there is none")
     rows = {row[0]: row[1:] for row in csv.reader(path.read_text("utf-8").splitlines()) if row}
