@@ -9,83 +9,22 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
+
+from .render_settings import RenderConfig, Section
 
 # %% auto #0
-__all__ = ['Share', 'Range', 'Strategy', 'PROFILES', 'Section', 'RenderConfig', 'TrainConfig', 'EvaluateConfig', 'PredictConfig',
-           'PseudoConfig', 'TrackConfig', 'RefineConfig', 'ReportConfig', 'RunConfig', 'profile', 'config_yaml',
-           'load_config', 'override', 'project_root', 'shared_dir', 'from_environment', 'videos_from_environment',
-           'output_root']
+__all__ = ['PROFILES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig', 'RefineConfig',
+           'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'load_config', 'override', 'project_root',
+           'shared_dir', 'from_environment', 'videos_from_environment', 'output_root', 'RenderConfig', 'Section']
 
 # %% ../nbs/01_config.ipynb #c005
-class Section(BaseModel):
-    "Base of all phase configs: frozen, and strict about its keys."
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping): return data
-        for key in sorted(set(data) - set(cls.model_fields)):
-            near = get_close_matches(str(key), cls.model_fields, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(cls.model_fields)}"
-            raise ValueError(f"{cls.__name__}: unknown key {key!r}{hint}")
-        return data
+_all_ = ["RenderConfig", "Section"]
 
 # %% ../nbs/01_config.ipynb #c007
-Share = Field(ge=0, le=1)
-Range = tuple[float, float]
-Strategy = Literal["studio", "hdri", "composite"]
-
-# %% ../nbs/01_config.ipynb #c008
-class RenderConfig(Section):
-    "What the scenes contain and how they are drawn."
-    images: int = Field(24, ge=1, description="how many scenes to render, one image each")
-    val_share: float = Field(0.25, ge=0, lt=1, description="share of the scenes kept for validation, with tools of their own")
-    width: int = Field(320, ge=64, le=8192, description="image width in px before `res_scale`")
-    height: int = Field(240, ge=64, le=8192, description="image height in px before `res_scale`")
-    res_scale: float = Field(1.0, gt=0, le=1, description="factor on width, height and K")
-    strategy_mix: dict[Strategy, float] = Field({"studio": 0.10, "hdri": 0.389, "composite": 0.511},
-                                                description="weight of each strategy; need not add up to 1")
-    tools_per_image: dict[int, float] = Field({1: 0.4, 2: 0.45, 3: 0.15}, description="weight of each number of tools")
-    fov_deg: Range = Field((28.0, 50.0), description="horizontal field of view in degrees")
-    intrinsics_jitter: float = Field(0.10, ge=0, le=0.5, description="relative jitter of fx, fy and of the principal point's offset")
-    tool_span: Range = Field((0.45, 1.0), description="apparent tool length as a share of the image's shorter side; sets the distance")
-    tilt_deg: Range = Field((0.0, 60.0), description="how far the camera leans from looking straight down")
-    max_occluders: int = Field(2, ge=0, le=10, description="most occluding objects a scene may hold")
-    light_strength: Range = Field((0.5, 2.0), description="factor on every lamp or world")
-    roughness: Range = Field((0.08, 0.45), description="roughness of steel; low is polished")
-    samples: int = Field(8, ge=1, description="Cycles samples per pixel")
-    denoise: bool = Field(True, description="denoise with OpenImageDenoise at its fast quality")
-    glossy_bounces: int = Field(3, ge=1, description="mirror bounces; 0 would leave steel black")
-    max_bounces: int = Field(4, ge=1, description="bounces of any kind")
-    noise_sigma: Range = Field((0.0, 5.0), description="sensor noise, standard deviation in grey levels of 255")
-    blur_sigma_px: Range = Field((0.0, 0.8), description="lens blur, Gaussian sigma in px")
-    jpeg_quality: tuple[int, int] = Field((75, 95), description="JPEG quality of the stored image")
-    models_dir: Path | None = Field(None, description="folder with needle_holder/*.obj and tweezers/*.obj; parametric tools when absent")
-    kps_dir: Path | None = Field(None, description="folder with *_kps.json; beside the OBJ when absent")
-    per_obj_cap: int | None = Field(None, ge=1, description="most images in which one OBJ file may appear")
-    hdri_dir: Path | None = Field(None, description="folder of .hdr/.exr worlds; Blender's own eight when absent")
-    backgrounds_dir: Path | None = Field(None, description="folder of photos for `composite`; procedural textures when absent")
-    camera_json: Path | None = Field(None, description="file with width, height, fx, fy, cx, cy; rules over width, height and fov_deg")
-    workers: int = Field(1, ge=1, description="Blender processes at a time")
-    scenes_per_worker: int = Field(200, ge=1, description="scenes after which a Blender process is replaced; it leaks memory")
-    timeout_s: float = Field(180.0, gt=0, description="seconds one scene may take before its worker is ended and the scene retried")
-
-    @model_validator(mode="after")
-    def _sane(self) -> RenderConfig:
-        for name, (low, high) in {k: v for k, v in self if isinstance(v, tuple)}.items():
-            if low > high: raise ValueError(f"RenderConfig.{name}: low must not exceed high, got {low} > {high}")
-        for name in ("strategy_mix", "tools_per_image"):
-            weights = getattr(self, name)
-            if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-                raise ValueError(f"RenderConfig.{name}: weights must be >= 0 and not all 0, got {weights}")
-        return self
-
-# %% ../nbs/01_config.ipynb #c012
 class TrainConfig(Section):
     "How a network is trained. The optimiser is AdamW with a cosine schedule, always."
     model: str = Field("yolov8n-pose", description="name of an Ultralytics pose model, or a path to its YAML")
@@ -111,7 +50,7 @@ class TrainConfig(Section):
     hsv: tuple[float, float, float] = Field((0.015, 0.5, 0.4), description="random hue, saturation and value, as shares")
     workers: int = Field(2, ge=0, description="data loading processes")
 
-# %% ../nbs/01_config.ipynb #c013
+# %% ../nbs/01_config.ipynb #c008
 class EvaluateConfig(Section):
     "How predictions are scored."
     imgsz: int | None = Field(None, description="image size in px; the training size when absent")
@@ -120,7 +59,7 @@ class EvaluateConfig(Section):
     max_det: int = Field(20, ge=1, description="most detections per image; pycocotools' limit for keypoints")
     bootstrap: int = Field(200, ge=0, description="resamples of the images behind every 95 % interval")
 
-# %% ../nbs/01_config.ipynb #c014
+# %% ../nbs/01_config.ipynb #c009
 class PredictConfig(Section):
     "How images and video are predicted."
     imgsz: int | None = Field(None, description="image size in px; the training size when absent")
@@ -130,7 +69,7 @@ class PredictConfig(Section):
     stride: int = Field(1, ge=1, description="take every n-th frame")
     overlay: bool = Field(True, description="write pictures or a video with the poses drawn in")
 
-# %% ../nbs/01_config.ipynb #c016
+# %% ../nbs/01_config.ipynb #c011
 class PseudoConfig(Section):
     "Which predictions on unlabelled video may become labels."
     stride: int = Field(2, ge=1, description="take every n-th frame of the video")
@@ -141,7 +80,7 @@ class PseudoConfig(Section):
     doubt_conf: float = Field(0.25, ge=0, le=1, description="a detection between this and det_conf makes its frame doubtful")
     min_tools: int = Field(1, ge=1, description="tools the footage is known to show in every frame; a frame with fewer labels is left out")
 
-# %% ../nbs/01_config.ipynb #c017
+# %% ../nbs/01_config.ipynb #c012
 class TrackConfig(Section):
     "How poses are linked over time, and which tracks are trusted."
     min_length: int = Field(3, ge=1, description="fewest frames of a trusted track")
@@ -151,7 +90,7 @@ class TrackConfig(Section):
     class_share: float = Field(0.75, ge=0, le=1, description="share of a track's scores its class needs; with less the whole track is doubtful")
     max_jump: float = Field(0.25, gt=0, description="how far a keypoint may lie from where its track says, as a share of the box's diagonal")
 
-# %% ../nbs/01_config.ipynb #c018
+# %% ../nbs/01_config.ipynb #c013
 class RefineConfig(Section):
     "How a trained network is adapted with pseudo-labels."
     epochs: int = Field(25, ge=1, description="passes over the combined data")
@@ -161,13 +100,13 @@ class RefineConfig(Section):
     min_frames: int = Field(4, ge=1, description="fewest accepted frames worth a refinement; with less the teacher is kept")
     gate_tolerance: float = Field(0.02, ge=0, description="drop of AP on held-out data beyond which the teacher is kept")
 
-# %% ../nbs/01_config.ipynb #c020
+# %% ../nbs/01_config.ipynb #c015
 class ReportConfig(Section):
     "How reports are made."
     embed_frames: bool = Field(True, description="show frames of the user's video; off for footage of patients")
     timeout_s: float = Field(3600.0, gt=0, description="seconds one notebook cell may take")
 
-# %% ../nbs/01_config.ipynb #c021
+# %% ../nbs/01_config.ipynb #c016
 class RunConfig(Section):
     "Everything a run depends on, but the video."
     profile: str = Field("demo", description="name of the profile this started from")
@@ -183,7 +122,7 @@ class RunConfig(Section):
     refine: RefineConfig = RefineConfig()
     report: ReportConfig = ReportConfig()
 
-# %% ../nbs/01_config.ipynb #c023
+# %% ../nbs/01_config.ipynb #c018
 PROFILES: dict[str, dict] = {
     "demo": dict(
         render=dict(images=80),
@@ -197,14 +136,14 @@ PROFILES: dict[str, dict] = {
     ),
     "paper": dict(
         render=dict(images=1150, width=1280, height=1024, res_scale=0.8, samples=24, per_obj_cap=50, workers=2,
-                    val_share=0.15),
+                    val_share=0.15, strategy_mix={"studio": 0.10, "hdri": 0.389, "composite": 0.511}),
         train=dict(model="yolov8m-pose", imgsz=960, epochs=200, batch=16, warmup_epochs=3.0),
         also_train=[dict(model="yolov8n-pose", imgsz=896, epochs=150, batch=16, warmup_epochs=3.0),
                     dict(model="yolov8s-pose", imgsz=896, epochs=200, batch=16, warmup_epochs=3.0)],
     ),
 }
 
-# %% ../nbs/01_config.ipynb #c024
+# %% ../nbs/01_config.ipynb #c019
 def profile(
     name: str = "demo",  # one of `PROFILES`
 ) -> RunConfig:
@@ -215,14 +154,14 @@ def profile(
         raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, got {name!r}{hint}")
     return RunConfig(profile=name, **PROFILES[name])
 
-# %% ../nbs/01_config.ipynb #c028
+# %% ../nbs/01_config.ipynb #c023
 def config_yaml(
     cfg: Section,  # any phase's config, or the whole run's
 ) -> str:  # YAML text that `load_config` reads back
     "Write a config as YAML."
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/01_config.ipynb #c029
+# %% ../nbs/01_config.ipynb #c024
 def load_config(
     path: Path | str,  # a YAML file of nested keys, as `config_yaml` writes it
 ) -> RunConfig:
@@ -233,14 +172,14 @@ def load_config(
     if not isinstance(data, dict): raise ValueError(f"{path}: expected a mapping of config keys, got {type(data).__name__}")
     return _validated(data, str(path))
 
-# %% ../nbs/01_config.ipynb #c030
+# %% ../nbs/01_config.ipynb #c025
 def _validated(data: dict, where: str) -> RunConfig:
     try: return RunConfig.model_validate(data)
     except ValidationError as e:
         lines = [f"{'.'.join(map(str, err['loc'])) or 'config'}: {err['msg'].removeprefix('Value error, ')}" for err in e.errors()]
         raise ValueError(f"{where}: " + "; ".join(lines)) from None
 
-# %% ../nbs/01_config.ipynb #c031
+# %% ../nbs/01_config.ipynb #c026
 def override(
     cfg: RunConfig,
     assignments: list[str],  # like ["train.epochs=3", "render.strategy_mix={studio: 1}"]; values are YAML
@@ -257,7 +196,7 @@ def override(
         node[path[-1]] = yaml.safe_load(value)
     return _validated(data, "override")
 
-# %% ../nbs/01_config.ipynb #c035
+# %% ../nbs/01_config.ipynb #c030
 def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data/
     "Find the checkout."
     starts = [Path.cwd(), Path(__file__).resolve().parent] if "__file__" in globals() else [Path.cwd()]
@@ -266,13 +205,13 @@ def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data
             if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir(): return folder
     raise FileNotFoundError(f"project_root: no settings.ini beside a nbs/ above {Path.cwd()}; work in a clone, installed with `pip install -e .`")
 
-# %% ../nbs/01_config.ipynb #c036
+# %% ../nbs/01_config.ipynb #c031
 def shared_dir() -> Path | None:  # folder with real footage, scanned tools and weights, if there is one
     "Find the optional folder of shared data: `SURGPOSE_SHARED`, or `../shared` beside the checkout."
     folder = Path(os.environ.get("SURGPOSE_SHARED") or project_root().parent / "shared")
     return folder.resolve() if folder.is_dir() else None
 
-# %% ../nbs/01_config.ipynb #c039
+# %% ../nbs/01_config.ipynb #c034
 def from_environment(
     cfg: RunConfig,
     environ: Mapping[str, str] | None = None,  # os.environ when absent
@@ -287,7 +226,7 @@ def from_environment(
     found = {k: p for k, p in inputs.items() if p.exists() and getattr(cfg.render, k) is None}
     return cfg.model_copy(update=dict(render=RenderConfig(**{**cfg.render.model_dump(), **found})))
 
-# %% ../nbs/01_config.ipynb #c040
+# %% ../nbs/01_config.ipynb #c035
 def videos_from_environment(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> list[Path]:  # the clips in PROJ_DATA/vids_test, sorted; empty without PROJ_DATA
@@ -296,7 +235,7 @@ def videos_from_environment(
     if not data: return []
     return sorted(p for p in (Path(data) / "vids_test").glob("*") if p.suffix.lower() in {".mp4", ".mkv", ".avi", ".mov"})
 
-# %% ../nbs/01_config.ipynb #c041
+# %% ../nbs/01_config.ipynb #c036
 def output_root(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> Path:  # PROJ_OUT, or reports/ of the checkout

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,101 +21,19 @@ import numpy as np
 from ..config import RenderConfig
 from ..files import atomic_path, read_json, sha256_file, write_json
 from ..geometry import transform
-from .hands import capsule_mesh
+from .dress import T_CV_BLENDER, add_light, add_occluder, add_prop, add_table, add_tool, set_world
 from .labels import Drawing, annotate, note, reach_probes, what_hides
 from .looks import crop_photo, develop, paste, texture
-from .parts import Background, Camera, Light, Scene
+from .parts import Background, Camera, Scene
 from .scene import sample_scene
 from .startup import start_blender as start_blender
 from .tools import Tool, build_tool
 
 # %% auto #0
-__all__ = ['T_CV_BLENDER', 'mean_light', 'build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'draw_camera',
-           'draw_scene', 'background_picture', 'finish', 'write_scene', 'draw_wanted', 'run_job', 'main']
-
-# %% ../../nbs/22_blender.ipynb #c005
-T_CV_BLENDER = np.diag([1.0, -1, -1, 1])  # Blender's cameras and lamps look along -z, y up
+__all__ = ['build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'draw_camera', 'draw_scene', 'background_picture',
+           'finish', 'write_scene', 'draw_wanted', 'run_job', 'main']
 
 # %% ../../nbs/22_blender.ipynb #c006
-def _add_mesh(bproc: Any, name: str, vertices_m: np.ndarray, faces: np.ndarray, material: dict, tool: int = 0) -> Any:
-    import bpy
-
-    mesh = bpy.data.meshes.new(name)
-    mesh.from_pydata(vertices_m.tolist(), [], faces.tolist())
-    thing = bproc.object.create_from_blender_mesh(mesh, object_name=name)
-    if len(faces) > 12: mesh.shade_smooth(); mesh.set_sharp_from_angle(angle=0.7)
-    thing.set_cp("tool", tool)
-    look = bproc.material.create(name)
-    look.set_principled_shader_value("Base Color", [*material["colour"], 1.0])
-    look.set_principled_shader_value("Roughness", material["roughness"])
-    look.set_principled_shader_value("Metallic", material.get("metallic", 0.0))
-    thing.replace_materials(look)
-    return thing
-
-# %% ../../nbs/22_blender.ipynb #c007
-def _table_material(table: Any, background: Background, side_px: int = 640) -> None:
-    import bpy
-
-    rgba = np.ones((side_px, side_px, 4), np.float32)
-    rgba[..., :3] = texture(background.texture, background.seed, side_px, side_px)[::-1, :, ::-1] / np.float32(255)
-    image = bpy.data.images.new("table", side_px, side_px)
-    image.pixels.foreach_set(rgba.ravel())
-    look = table.get_materials()[0]
-    look.set_principled_shader_value("Specular IOR Level", 0.15)
-    tree = look.blender_obj.node_tree
-    node = tree.nodes.new("ShaderNodeTexImage")
-    node.image, node.extension = image, "MIRROR"
-    tree.links.new(node.outputs["Color"], tree.nodes["Principled BSDF"].inputs["Base Color"])
-
-# %% ../../nbs/22_blender.ipynb #c008
-def _add_table(bproc: Any, background: Background) -> None:
-    half = 4 * background.size_m  # the texture is repeated well beyond the picture
-    square = np.array([[-half, -half, 0], [half, -half, 0], [half, half, 0], [-half, half, 0]])
-    white = dict(colour=(1, 1, 1), roughness=background.roughness)
-    table = _add_mesh(bproc, "table", square, np.array([[0, 1, 2, 3]]), white)
-    uv = table.get_mesh().uv_layers.new()
-    uv.data.foreach_set("uv", (square[:, :2] / background.size_m + 0.5).ravel())
-    _table_material(table, background)
-
-# %% ../../nbs/22_blender.ipynb #c009
-def _add_light(bproc: Any, light: Light) -> None:
-    lamp = bproc.types.Light("AREA")
-    lamp.set_local2world_mat(light.T_world_light @ T_CV_BLENDER)
-    lamp.blender_obj.data.size = light.size_m
-    lamp.set_energy(light.energy_w)
-    lamp.set_color(list(light.colour))
-
-# %% ../../nbs/22_blender.ipynb #c011
-@cache
-def mean_light(
-    path: str,  # an equirectangular world
-) -> float:  # mean radiance, the sun's peak cut off
-    "Measure a world."
-    import bpy
-
-    image = bpy.data.images.load(path)
-    pixels = np.empty(image.size[0] * image.size[1] * image.channels, np.float32)
-    image.pixels.foreach_get(pixels)
-    bpy.data.images.remove(image)
-    light = pixels.reshape(-1, 4)[:, :3].mean(1) if len(pixels) % 4 == 0 else pixels
-    return max(float(np.minimum(light, 20 * np.median(light)).mean()), 1e-4)
-
-# %% ../../nbs/22_blender.ipynb #c012
-def _set_world(bproc: Any, scene: Scene) -> None:
-    import bpy
-
-    here, world = bpy.context.scene.world, scene.world
-    here.use_nodes = True
-    if world.hdri is None: bproc.renderer.set_world_background(list(world.colour), world.strength)
-    else:
-        own = Path(bpy.utils.resource_path("LOCAL")) / "datafiles/studiolights/world" / f"{world.hdri}.exr"
-        path = own if own.is_file() else Path(world.hdri)
-        if not path.is_file(): raise FileNotFoundError(f"{world.hdri}: expected one of Blender's worlds or a file")
-        strength = world.strength * 0.35 / mean_light(str(path))
-        bproc.world.set_world_background_hdr_img(str(path), strength=strength, rotation_euler=[0, 0, world.turn_rad])
-    here.cycles.sampling_method, here.cycles.sample_map_resolution = "MANUAL", 256  # the automatic map costs seconds
-
-# %% ../../nbs/22_blender.ipynb #c014
 def build_scene(
     bproc: Any,
     scene: Scene,
@@ -124,20 +42,16 @@ def build_scene(
     bproc.clean_up(clean_up_camera=True)
     bproc.renderer.set_output_format(enable_transparency=scene.background.kind == "picture")
     tools = [build_tool(t.asset, t.opening_deg) for t in scene.tools]
-    for i, (tool, placed) in enumerate(zip(tools, scene.tools, strict=True), 1):
-        for part, mesh in tool.parts.items():
-            vertices = transform(placed.T_world_tool, mesh.vertices)
-            _add_mesh(bproc, f"tool{i} {part}", vertices, mesh.faces, placed.material[tool.materials[part]], i)
-    for occluder in scene.occluders:
-        skin = dict(colour=occluder.colour, roughness=occluder.roughness)
-        _add_mesh(bproc, occluder.kind, *capsule_mesh(occluder.capsules, occluder.blend_m), skin)
-    if scene.background.kind == "table": _add_table(bproc, scene.background)
-    for light in scene.lights: _add_light(bproc, light)
-    _set_world(bproc, scene)
+    for i, (tool, placed) in enumerate(zip(tools, scene.tools, strict=True), 1): add_tool(bproc, tool, placed, i)
+    for occluder in scene.occluders: add_occluder(bproc, occluder)
+    for prop in scene.props: add_prop(bproc, prop)
+    if scene.background.kind == "table": add_table(bproc, scene.background)
+    for light in scene.lights: add_light(bproc, light)
+    set_world(bproc, scene.world)
     for i, thing in enumerate(bproc.object.get_all_mesh_objects(), 1): thing.blender_obj.pass_index = i
     return tools
 
-# %% ../../nbs/22_blender.ipynb #c016
+# %% ../../nbs/22_blender.ipynb #c008
 def shoot_ray(
     bproc: Any,
     eye_m: np.ndarray,  # (3,) world
@@ -147,7 +61,7 @@ def shoot_ray(
     hit, at, _, _, thing, _ = bproc.object.scene_ray_cast(eye_m.tolist(), way.tolist())
     return (thing.get_name(), int(thing.get_cp("tool")), np.array(at)) if hit else None
 
-# %% ../../nbs/22_blender.ipynb #c018
+# %% ../../nbs/22_blender.ipynb #c010
 def set_camera(
     bproc: Any,
     camera: Camera,
@@ -157,7 +71,7 @@ def set_camera(
     bproc.utility.reset_keyframes()
     bproc.camera.add_camera_pose(camera.T_world_cam @ T_CV_BLENDER)
 
-# %% ../../nbs/22_blender.ipynb #c020
+# %% ../../nbs/22_blender.ipynb #c012
 def blender_projection(
     xyz_m: np.ndarray,  # (N, 3) world
     camera: Camera,
@@ -170,7 +84,7 @@ def blender_projection(
     shares = [world_to_camera_view(bpy.context.scene, bpy.context.scene.camera, Vector(x)) for x in xyz_m]
     return np.array([[u * camera.width - 0.5, (1 - v) * camera.height - 0.5] for u, v, _ in shares])
 
-# %% ../../nbs/22_blender.ipynb #c022
+# %% ../../nbs/22_blender.ipynb #c014
 def draw_camera(
     bproc: Any,
     scene: Scene,
@@ -192,7 +106,7 @@ def draw_camera(
     masks = reach_probes(numbers == np.arange(1, len(tools) + 1)[:, None, None], camera, tools, poses, causes)
     return Drawing(finish(image, scene), masks, causes, np.array(points), np.array(by_blender))
 
-# %% ../../nbs/22_blender.ipynb #c024
+# %% ../../nbs/22_blender.ipynb #c016
 def draw_scene(
     bproc: Any,
     scene: Scene,
@@ -201,7 +115,7 @@ def draw_scene(
     tools = build_scene(bproc, scene)
     return [draw_camera(bproc, scene, tools, camera) for camera in scene.cameras]
 
-# %% ../../nbs/22_blender.ipynb #c026
+# %% ../../nbs/22_blender.ipynb #c018
 def background_picture(
     background: Background,
     width: int,  # px
@@ -213,7 +127,7 @@ def background_picture(
     if photo is None: raise ValueError(f"{background.texture}: expected a photo, cannot decode it")
     return crop_photo(photo, width, height, background.seed)
 
-# %% ../../nbs/22_blender.ipynb #c028
+# %% ../../nbs/22_blender.ipynb #c020
 def finish(
     image: np.ndarray,  # (H, W, 3) BGR or (H, W, 4) BGRA, uint8, as rendered
     scene: Scene,
@@ -228,7 +142,7 @@ def finish(
     return develop(image, seed=post.seed, brightness=post.brightness, gamma=post.gamma, white_bgr=post.white_bgr,
                    blur_sigma_px=post.blur_sigma_px, noise_sigma=post.noise_sigma)
 
-# %% ../../nbs/22_blender.ipynb #c032
+# %% ../../nbs/22_blender.ipynb #c024
 def write_scene(
     bproc: Any,
     scene: Scene,
@@ -247,7 +161,7 @@ def write_scene(
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
 
-# %% ../../nbs/22_blender.ipynb #c033
+# %% ../../nbs/22_blender.ipynb #c025
 def draw_wanted(
     bproc: Any,
     cfg: RenderConfig,
@@ -261,7 +175,7 @@ def draw_wanted(
         return dict(index=index, seconds=write_scene(bproc, scene, Path(job["out"]))["seconds"])
     except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}")
 
-# %% ../../nbs/22_blender.ipynb #c035
+# %% ../../nbs/22_blender.ipynb #c027
 def run_job(
     job: dict,  # out, config, seed, device, threads, parent (process id), scenes (indices or plain data)
 ) -> None:
@@ -276,7 +190,7 @@ def run_job(
             if os.getppid() != job["parent"]: return  # nobody waits for us any more
             print(json.dumps(draw_wanted(bproc, cfg, job, wanted)), file=say, flush=True)
 
-# %% ../../nbs/22_blender.ipynb #c037
+# %% ../../nbs/22_blender.ipynb #c029
 def main(
     argv: list[str],  # one path, the job's JSON
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 # %% auto #0
-__all__ = ['plain', 'built', 'Camera', 'ToolPlacement', 'Occluder', 'Light', 'World', 'Background', 'Post', 'Scene']
+__all__ = ['plain', 'built', 'Camera', 'ToolPlacement', 'Occluder', 'Prop', 'Light', 'World', 'Background', 'Post', 'Scene']
 
 # %% ../../nbs/21a_parts.ipynb #c005
 def plain(
@@ -60,8 +60,9 @@ class ToolPlacement:
     class_name: str
     T_world_tool: np.ndarray  # (4, 4)
     opening_deg: float
-    material: dict  # role (steel, gold, insert) -> {"colour": RGB in 0..1, "roughness": 0..1, "metallic": 0..1}
+    material: dict  # role (steel, gold, insert) -> a material, see synth.dress
     held: bool = False  # in a hand; else it lies
+    travel_m: tuple[float, ...] = (0.0, 0.0, 0.0)  # how far it moves in the world while the shutter is open
 
 # %% ../../nbs/21a_parts.ipynb #c014
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,17 @@ class Occluder:
     blend_m: float  # how softly capsules melt into each other
     colour: tuple[float, float, float]  # RGB in 0..1
     roughness: float
+    holds: int | None = None  # index of the tool it holds and moves with
+    travel_m: tuple[float, ...] = (0.0, 0.0, 0.0)  # as of a tool
+
+
+@dataclass(frozen=True, eq=False)
+class Prop:
+    "Any other thing: cloth, skin, a plate, a strap, scissors. Props are never labelled."
+    kind: str  # one of synth.props' KINDS; what labels call it when it hides a keypoint
+    shape: dict  # its measures and seeds, see synth.props
+    T_world_prop: np.ndarray  # (4, 4)
+    material: dict  # role -> a material, see synth.dress
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +93,7 @@ class Light:
     size_m: float  # its side
     energy_w: float
     colour: tuple[float, float, float]  # RGB, 1 is white
+    spread_deg: float = 180.0  # full angle of its beam; small for a surgeon's lamp
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +133,8 @@ class Scene:
     "Everything that decides one picture per camera, and its labels."
     index: int  # which one of the dataset
     seed: int  # root seed of the dataset
-    strategy: str  # studio, hdri, composite; or theatre, for the clip
-    split: str  # train or val
+    strategy: str  # studio, hdri, composite or theatre
+    split: str  # train or val; test for clips
     tools: tuple[ToolPlacement, ...]
     occluders: tuple[Occluder, ...]
     lights: tuple[Light, ...]
@@ -129,6 +142,11 @@ class Scene:
     background: Background
     cameras: tuple[Camera, ...]
     post: Post
+    props: tuple[Prop, ...] = ()
+    family: str = ""  # of a theatre: trainer or operating_room
+    sequence: int | None = None  # which sequence of the dataset this is a frame of
+    frame: int = 0  # within its sequence
+    t_s: float = 0.0  # since the sequence's first frame
 
     def to_dict(self) -> dict:
         return plain(self)

@@ -16,6 +16,7 @@ from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlaceme
 from .placing import choose_asset, move_into_view, place_tool, sample_camera, split_of
 from .surroundings import (grip, leaves_view, sample_background, sample_lights, sample_occluder,
                                          sample_post, sample_world)
+from .theatre import sample_theatre
 from .tools import build_tool
 
 # %% auto #0
@@ -63,6 +64,7 @@ def sample_scene(
     "Draw one scene; the same arguments give the same scene, always."
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     split, strategy = split_of(index, cfg.val_share)[0], pick(rng, cfg.strategy_mix)
+    if strategy == "theatre": return sample_theatre(index, seed, cfg, split, rng)
     background = sample_background(rng, cfg, strategy, split)
     tools, camera = sample_tools(rng, cfg, index, HELD_SHARE[background.kind])
     room = int(rng.integers(cfg.max_occluders + 1))
