@@ -20,12 +20,13 @@ from surgpose.data.coco import annotations_by_image, mask_of_rle, read_coco
 from surgpose.files import check_manifest, lock_folder, read_json, read_jsonl
 from surgpose.geometry import invert_rigid, project, transform
 from surgpose.schema import CLASSES, HANDLE, HINGE, JAW_L, JAW_R, KEYPOINTS, TIP, flip_keypoints, order_jaws
+from surgpose.synth.cluster import draw_all
 from surgpose.synth.mesh_import import export_tool
 from surgpose.synth.parts import Camera, Light, Occluder, Scene
 from surgpose.synth.render import render
 from surgpose.synth.scene import sample_scene
 from surgpose.synth.tools import build_tool, sample_asset
-from surgpose.synth.workers import RECORDS, Crew, draw_all
+from surgpose.synth.workers import RECORDS
 
 CFG = RenderConfig(images=6, width=160, height=120, samples=3, val_share=0.34)
 SEED = 3
@@ -201,9 +202,7 @@ def hand_made(tmp_path_factory) -> dict[str, tuple[Scene, dict]]:
                   two_cameras=replace(one, cameras=one.cameras + calibrated.cameras), own_world=own_world,
                   own_photo=own_photo)
     scenes = {name: replace(scene, index=i) for i, (name, scene) in enumerate(scenes.items())}
-    crew = Crew(root, plain, 0, "cpu")
-    draw_all(crew, [s.to_dict() for s in scenes.values()])
-    assert crew.failed == {}
+    assert draw_all(root, plain, [s.to_dict() for s in scenes.values()], seed=0, device="cpu") == {}
     records = {name: read_json(root / RECORDS / f"{s.index:06d}.json") for name, s in scenes.items()}
     return {name: (s, {**records[name], "root": root}) for name, s in scenes.items()}
 

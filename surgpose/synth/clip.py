@@ -22,7 +22,8 @@ from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlaceme
 from .placing import sample_materials, turned
 from .tools import build_tool, opening_range, sample_asset
 from .render import record_to_annotations, record_to_images
-from .workers import RECORDS, Crew, draw_all
+from .cluster import draw_all
+from .workers import RECORDS
 
 # %% auto #0
 __all__ = ['drift', 'tool_path', 'held_by', 'suction', 'clip_camera', 'sample_clip', 'frame_labels', 'render_clip']
@@ -159,9 +160,9 @@ def render_clip(
     scenes, out_mp4 = sample_clip(frames, cfg, seed=seed, fps=fps), Path(out_mp4)
     bar = tqdm(total=frames, desc="clip", unit="frame", file=sys.stderr, dynamic_ncols=True)
     with bar, tempfile.TemporaryDirectory() as folder:
-        crew = Crew(Path(folder), cfg, seed, device, on_done=lambda index: bar.update())
-        draw_all(crew, [s.to_dict() for s in scenes])
-        if crew.failed: raise RuntimeError(f"render_clip: frames failed: {crew.failed}")
+        failed = draw_all(folder, cfg, [s.to_dict() for s in scenes], seed=seed, device=device,
+                          on_done=lambda index: bar.update())
+        if failed: raise RuntimeError(f"render_clip: frames failed: {failed}")
         records = [read_json(p) for p in sorted((Path(folder) / RECORDS).glob("[0-9]*.json"))]
         with write_video(out_mp4, fps=fps, width=cfg.width, height=cfg.height, crf=crf) as writer:
             for record in records: writer.write(cv2.imread(str(Path(folder) / record["shots"][0]["file_name"])))

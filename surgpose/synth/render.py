@@ -16,10 +16,11 @@ from ..data.coco import new_coco, write_coco
 from ..files import (MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, write_json,
                             write_manifest)
 from ..schema import CLASSES
+from .cluster import draw_all
 from .mesh_import import import_obj
 from .placing import read_camera
 from .surroundings import HDRI, PHOTO, listed
-from .workers import RECORDS, Crew, draw_all
+from .workers import RECORDS
 
 # %% auto #0
 __all__ = ['FREE', 'check_models', 'check_inputs', 'check_space', 'check_same', 'finished_records', 'record_to_images',
@@ -166,9 +167,8 @@ def draw_missing(
 
     with tqdm(total=cfg.images, initial=cfg.images - len(missing), desc="render", unit="image", file=sys.stderr,
               dynamic_ncols=True, disable=not progress) as bar:
-        crew = Crew(out, cfg, seed, device, on_done=lambda index: bar.update())
-        draw_all(crew, missing)
-    return {str(i): why for i, why in sorted(crew.failed.items())}
+        failed = draw_all(out, cfg, missing, seed=seed, device=device, on_done=lambda index: bar.update())
+    return {str(i): why for i, why in sorted(failed.items())}
 
 # %% ../../nbs/23_render.ipynb #c029
 def render(
