@@ -45,7 +45,11 @@ class RenderConfig(Section):
     height: int = Field(240, ge=64, le=8192, description="image height in px before `res_scale`")
     res_scale: float = Field(1.0, gt=0, le=1, description="factor on width, height and K")
     cameras: int = Field(1, ge=1, le=64, description="calibrated cameras that look at each scene, on an arc about the first")
+    arc_deg: float = Field(60.0, gt=0, le=150, description="how far apart the outermost of several cameras stand, seen from the tools")
     sequence: dict[Literal["frames", "fps"], float] = Field({}, description="frames=48 fps=12: scenes are the frames of moving sequences; still scenes when absent")
+    speed_mm_s: Range = Field((10.0, 60.0), description="mean speed of an instrument's tip in a sequence, mm/s")
+    exposure_s: Range = Field((0.004, 0.03), description="how long the shutter is open in a sequence, s; motion blurs accordingly")
+    sway_mm: Range = Field((0.5, 6.0), description="how far the camera of a sequence sways about its place, mm; on a trainer's stand a third of it")
     strategy_mix: dict[Strategy, float] = Field({"studio": 0.06, "hdri": 0.21, "composite": 0.28, "theatre": 0.45},
                                                 description="weight of each strategy")
     theatre_mix: dict[Family, float] = Field({"trainer": 0.6, "operating_room": 0.4}, description="weight of each kind of theatre")
@@ -96,4 +100,9 @@ class RenderConfig(Section):
             weights = getattr(self, name)
             if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise ValueError(f"RenderConfig.{name}: weights must be >= 0 and not all 0, got {weights}")
+        frames, fps = self.sequence.get("frames", 0), self.sequence.get("fps", 12.0)
+        if self.sequence and not (frames >= 1 and frames % 1 == 0 and 0 < fps <= 1000):
+            raise ValueError(f"RenderConfig.sequence: expected frames=48 fps=12 or the like, got {self.sequence}")
+        if min(self.speed_mm_s[0], self.exposure_s[0], self.sway_mm[0]) < 0:
+            raise ValueError("RenderConfig: speed_mm_s, exposure_s and sway_mm must not be negative")
         return self
