@@ -5,7 +5,7 @@
 # %% ../../nbs/21a_parts.ipynb #c002
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -75,6 +75,8 @@ class Occluder:
     roughness: float
     holds: int | None = None  # index of the tool it holds and moves with
     travel_m: tuple[float, ...] = (0.0, 0.0, 0.0)  # as of a tool
+    shape: dict = field(default_factory=dict)  # of a hand: cuff, sleeve, marks, see synth.hands
+    material: dict = field(default_factory=dict)  # role (glove, cuff, sleeve, mark) -> a material; skin has `colour`
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,13 @@ from ..config import RenderConfig
 from ..files import read_json
 from ..geometry import camera_matrix, look_at, rigid, scale_camera
 from ..schema import HANDLE, TIP
-from .parts import Camera, ToolPlacement
+from .parts import Camera, Occluder, ToolPlacement
 from .tools import build_tool, opening_range, sample_asset
 
 # %% auto #0
-__all__ = ['read_camera', 'sample_intrinsics', 'split_of', 'own_share', 'obj_file', 'choose_asset', 'sample_materials', 'turned',
-           'place_tool', 'length_m', 'sample_camera', 'move_into_view']
+__all__ = ['read_camera', 'sample_intrinsics', 'split_of', 'own_share', 'obj_file', 'choose_asset', 'sample_materials',
+           'sample_opening', 'turned', 'place_tool', 'length_m', 'sample_camera', 'move_into_view', 'sample_travel',
+           'set_in_motion']
 
 # %% ../../nbs/21b_placing.ipynb #c005
 def read_camera(
@@ -101,7 +102,11 @@ def choose_asset(
 def sample_materials(
     rng: np.random.Generator,
     cfg: RenderConfig,
-) -> dict:  # role -> colour, roughness, metallic
+    class_name: str,
+    *,
+    family: str = "",  # of a theatre, where there is blood; "" elsewhere
+    split: str = "train",  # train, val or test
+) -> dict:  # role -> a material, see synth.dress
     "Draw a tool's materials."
     roughness = float(np.exp(rng.uniform(*np.log(np.maximum(cfg.roughness, 1e-3)))))
     steel = rng.uniform(0.45, 0.9) * (1 + rng.uniform(-0.05, 0.05, 3))
@@ -112,6 +117,17 @@ def sample_materials(
             for role, (colour, rough) in looks.items()}
 
 # %% ../../nbs/21b_placing.ipynb #c027
+def sample_opening(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    asset: dict,
+) -> float:  # degrees, for `build_tool`
+    "Open a tool by chance."
+    (low, high), (least, most) = opening_range(asset), cfg.opening
+    share = least + (most - least) * rng.beta(0.8, 1.2)
+    return float(low + (high - low) * share * (rng.random() >= cfg.closed_share))
+
+# %% ../../nbs/21b_placing.ipynb #c031
 def turned(
     yaw_rad: float,  # about the vertical, last
     tilt_rad: float,  # about y; positive lowers the tip
@@ -126,7 +142,7 @@ def turned(
         R = step @ R
     return R
 
-# %% ../../nbs/21b_placing.ipynb #c030
+# %% ../../nbs/21b_placing.ipynb #c034
 def place_tool(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -134,10 +150,11 @@ def place_tool(
     *,
     held: bool,
     level_m: float = 0.0,  # height of the surface it lies on
+    family: str = "",  # of a theatre; "" elsewhere
+    split: str = "train",  # train, val or test
 ) -> ToolPlacement:  # its middle is over the world's origin
     "Open a tool by chance and turn it by chance."
-    low, high = opening_range(asset)
-    opening = float(low + (high - low) * rng.beta(0.8, 1.2) * (rng.random() < 0.85))
+    opening = sample_opening(rng, cfg, asset)
     yaw, flip = rng.uniform(0, 2 * np.pi), np.pi * rng.integers(2)
     on_side = (asset["class"] == "tweezers" and rng.random() < 0.6) * np.pi / 2
     if held: R = turned(yaw, rng.normal(0, 0.35), rng.uniform(0, 2 * np.pi))
@@ -146,9 +163,10 @@ def place_tool(
     middle = 0.5 * (tool.keypoints_m[TIP] + tool.keypoints_m[HANDLE])
     lift = level_m - (tool.mesh.vertices @ R.T)[:, 2].min() + (rng.uniform(0.02, 0.10) if held else 0.0)
     T_world_tool = rigid(R, [*(-(R @ middle)[:2]), lift])
-    return ToolPlacement(asset, asset["class"], T_world_tool, opening, sample_materials(rng, cfg), held)
+    return ToolPlacement(asset, asset["class"], T_world_tool, opening,
+                         sample_materials(rng, cfg, asset["class"], family=family, split=split), held)
 
-# %% ../../nbs/21b_placing.ipynb #c034
+# %% ../../nbs/21b_placing.ipynb #c038
 def length_m(
     placed: ToolPlacement,
 ) -> float:  # from tip to the end of the handle
@@ -156,7 +174,7 @@ def length_m(
     xyz_m = build_tool(placed.asset, placed.opening_deg).keypoints_m
     return float(np.linalg.norm(xyz_m[TIP] - xyz_m[HANDLE]))
 
-# %% ../../nbs/21b_placing.ipynb #c037
+# %% ../../nbs/21b_placing.ipynb #c041
 def sample_camera(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -172,7 +190,7 @@ def sample_camera(
     target = np.array([*(rng.uniform(-0.8, 0.8, 2) * spare_m), first.T_world_tool[2, 3]])
     return Camera(K, width, height, look_at(target + distance * towards, target, rng.normal(0, 0.15)))
 
-# %% ../../nbs/21b_placing.ipynb #c041
+# %% ../../nbs/21b_placing.ipynb #c045
 def move_into_view(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -185,3 +203,31 @@ def move_into_view(
     eye, T = camera.T_world_cam[:3, 3], placed.T_world_tool.copy()
     T[:2, 3] += (eye + ray * (T[2, 3] - eye[2]) / ray[2])[:2]
     return replace(placed, T_world_tool=T)
+
+# %% ../../nbs/21b_placing.ipynb #c049
+def sample_travel(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    camera: Camera,
+    placed: ToolPlacement,
+) -> tuple[float, float, float]:  # metres in the world
+    "Draw how far a tool moves while the shutter is open."
+    pixels, heading, deep = rng.uniform(*cfg.motion_px), rng.uniform(0, 2 * np.pi), rng.normal(0, 0.3)
+    R, eye = camera.T_world_cam[:3, :3], camera.T_world_cam[:3, 3]
+    depth = float((placed.T_world_tool[:3, 3] - eye) @ R[:, 2])
+    along = np.array([np.cos(heading) / camera.K[0, 0], np.sin(heading) / camera.K[1, 1], deep / camera.K[0, 0]])
+    return tuple((R @ (pixels * depth * along)).round(6).tolist())
+
+# %% ../../nbs/21b_placing.ipynb #c053
+def set_in_motion(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    camera: Camera,  # the scene's first
+    tools: tuple[ToolPlacement, ...],
+    occluders: tuple[Occluder, ...],  # `holds` tells which tool's travel they share
+) -> tuple[tuple[ToolPlacement, ...], tuple[Occluder, ...]]:  # the same, some with `travel_m`
+    "Let held tools and their hands move, in some pictures."
+    if rng.random() >= cfg.motion_share: return tuple(tools), tuple(occluders)
+    ways = [sample_travel(rng, cfg, camera, t) if t.held and rng.random() < 0.8 else t.travel_m for t in tools]
+    moving = tuple(replace(t, travel_m=way) for t, way in zip(tools, ways, strict=True))
+    return moving, tuple(o if o.holds is None else replace(o, travel_m=ways[o.holds]) for o in occluders)
