@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import types
@@ -16,7 +17,8 @@ from typing import Any
 from ..config import RenderConfig
 
 # %% auto #0
-__all__ = ['import_blenderproc', 'set_device', 'start_blender']
+__all__ = ['GPU_KINDS', 'import_blenderproc', 'parse_device', 'choose_device', 'set_device', 'device_in_use', 'work_folder',
+           'start_blender']
 
 # %% ../../nbs/22a_startup.ipynb #c005
 def _folder() -> Path:
@@ -62,33 +64,83 @@ def _init(bproc: Any, temp: str) -> None:
         GlobalStorage.add("bproc_init_complete", True)
     Utility.temp_dir = temp
 
-# %% ../../nbs/22a_startup.ipynb #c012
+# %% ../../nbs/22a_startup.ipynb #c013
+GPU_KINDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
+
+def parse_device(
+    device: str,  # auto, cpu, gpu, a GPU's number, or several like 0,1
+) -> str | tuple[int, ...]:  # auto, cpu, or the GPUs' numbers
+    "Read a device's name."
+    numbers = "0" if device == "gpu" else device
+    if device in ("auto", "cpu"): return device
+    if all(n.strip().isdecimal() for n in numbers.split(",")): return tuple(int(n) for n in numbers.split(","))
+    raise ValueError(f"device: expected auto, cpu, gpu, or GPU numbers like 0,1, got {device!r}")
+
+# %% ../../nbs/22a_startup.ipynb #c015
+def choose_device(
+    device: str,  # as `parse_device` takes it
+    gpus: dict[str, list[str]],  # kind -> names of the GPUs that Cycles can use in this way
+) -> tuple[str, tuple[int, ...]]:  # kind and numbers; ("CPU", ()) for the CPU
+    "Choose what to render on."
+    wanted = parse_device(device)
+    if wanted == "cpu": return "CPU", ()
+    numbers = (0,) if wanted == "auto" else wanted
+    for kind in GPU_KINDS:
+        if max(numbers) < len(gpus.get(kind, ())): return kind, numbers
+    if wanted == "auto": return "CPU", ()
+    found = ", ".join(f"{k} {names}" for k, names in gpus.items() if names) or "none"
+    raise RuntimeError(f"device: expected a GPU for {device!r}, Blender finds {found}; use cpu or auto")
+
+# %% ../../nbs/22a_startup.ipynb #c018
+def _gpus(preferences: Any) -> dict[str, list[str]]:
+    found = {}
+    for kind in GPU_KINDS:
+        try: found[kind] = [d.name for d in preferences.get_devices_for_type(kind) if d.type != "CPU"]
+        except (TypeError, ValueError): continue  # this build of Blender does not know the kind
+    return found
+
+# %% ../../nbs/22a_startup.ipynb #c019
 def set_device(
     bproc: Any,
-    device: str,  # auto, cpu, a GPU's number, or several like 0,1
-) -> str:  # what Cycles renders on
-    "Choose CPU or GPU."
+    device: str,  # as `parse_device` takes it
+) -> str:  # what Cycles renders on, like CPU or OPTIX 0
+    "Make Cycles render on CPU or GPU."
     import bpy
 
-    bproc.renderer.set_render_devices(use_only_cpu=True)
-    if device == "cpu": return "cpu"
-    preferences = bpy.context.preferences.addons["cycles"].preferences
-    for kind in ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI"):
-        try: gpus = [d for d in preferences.get_devices_for_type(kind) if d.type != "CPU"]
-        except (TypeError, ValueError): continue
-        wanted = range(len(gpus)) if device == "auto" else [int(i) for i in device.split(",")]
-        if not gpus or max(wanted) >= len(gpus): continue
-        wanted = list(wanted)[:1 if device == "auto" else None]
-        bproc.renderer.set_render_devices(desired_gpu_device_type=kind, desired_gpu_ids=wanted)
-        return f"{kind} {','.join(map(str, wanted))}"
-    if device != "auto": raise RuntimeError(f"device: Blender finds no GPU {device}; use cpu or auto")
-    return "cpu"
+    kind, numbers = choose_device(device, _gpus(bpy.context.preferences.addons["cycles"].preferences))
+    if kind == "CPU": bproc.renderer.set_render_devices(use_only_cpu=True)
+    else: bproc.renderer.set_render_devices(desired_gpu_device_type=kind, desired_gpu_ids=list(numbers))
+    return " ".join([kind, ",".join(map(str, numbers))]).strip()
 
-# %% ../../nbs/22a_startup.ipynb #c014
+# %% ../../nbs/22a_startup.ipynb #c021
+def device_in_use() -> str:  # like CPU or OPTIX 0
+    "Tell what Cycles renders on."
+    import bpy
+
+    preferences = bpy.context.preferences.addons["cycles"].preferences
+    kind = preferences.compute_device_type
+    if bpy.context.scene.cycles.device == "CPU" or kind == "NONE": return "CPU"
+    used = [str(i) for i, d in enumerate(preferences.get_devices_for_type(kind)) if d.use]
+    return f"{kind} {','.join(used)}"
+
+# %% ../../nbs/22a_startup.ipynb #c023
+def work_folder(
+    base: str | None = None,  # where to make it; shared memory when absent, or the usual place where there is none
+) -> tempfile.TemporaryDirectory:
+    "Make a temporary folder named after this process, and remove those of processes that are gone."
+    import psutil
+
+    base = base or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
+    for old in Path(base).glob("surgpose-*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)): shutil.rmtree(old, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"surgpose-{os.getpid()}-", dir=base)
+
+# %% ../../nbs/22a_startup.ipynb #c027
 def start_blender(
     cfg: RenderConfig,
     *,
-    device: str = "auto",
+    device: str = "auto",  # auto, cpu, gpu, a GPU's number, or several like 0,1
     threads: int = 0,  # CPU threads to render with; 0 takes all
     temp: str | None = None,  # folder for what passes between Blender and us; a new one when absent
 ) -> Any:  # the module blenderproc, ready to draw
