@@ -6,33 +6,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
+from ..geometry import transform
+from .hard import box as box
+from .hard import box_parts, line_parts, plate_parts, strap_parts, tray_parts
+from .hard import cable as cable
+from .hard import plate as plate
+from .hard import strap as strap
+from .hard import thread as thread
+from .hard import trainer as trainer
+from .hard import tray as tray
+from .instruments import instrument as instrument
+from .instruments import instrument_parts
+from .instruments import sample_distractor as sample_distractor
 from .parts import Prop
+from .soft import blood as blood
+from .soft import blood_parts, cuff_parts, drape_parts, gauze_parts, mound_parts
+from .soft import cuff as cuff
+from .soft import drape as drape
+from .soft import gauze as gauze
+from .soft import mound as mound
+from .soft import wound_points as wound_points
+from .solids import Part
 
 # %% auto #0
-__all__ = ['KINDS', 'Part', 'prop_parts']
-
-# %% ../../nbs/21f_props.ipynb #c004
-@dataclass(frozen=True, eq=False)
-class Part:
-    "One mesh of a prop, of one material."
-    role: str  # which of the prop's materials
-    vertices_m: np.ndarray  # (V, 3) prop frame
-    faces: np.ndarray  # (F, 3) or (F, 4)
-    uv: np.ndarray | None = None  # (V, 2) places in the texture
+__all__ = ['KINDS', 'prop_parts', 'moved', 'top_m']
 
 # %% ../../nbs/21f_props.ipynb #c005
-def _plate(shape: dict) -> list[Part]:
-    x, y, z = np.array(shape["size_m"]) / 2
-    corners = np.array([[a, b, c] for a in (-x, x) for b in (-y, y) for c in (-z, z)])
-    faces = np.array([[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]])
-    return [Part("body", corners, faces)]
-
-# %% ../../nbs/21f_props.ipynb #c006
-KINDS: dict[str, Callable[[dict], list[Part]]] = {"plate": _plate}
+KINDS: dict[str, Callable[[dict], list[Part]]] = {
+    "drape": drape_parts, "mound": mound_parts, "cuff": cuff_parts, "gauze": gauze_parts, "blood": blood_parts, "plate": plate_parts,
+    "strap": strap_parts, "cable": line_parts, "thread": line_parts, "tray": tray_parts, "box": box_parts, "scissors": instrument_parts,
+    "clamp": instrument_parts, "scalpel": instrument_parts, "retractor": instrument_parts, "instrument": instrument_parts,
+}
 
 def prop_parts(
     prop: Prop,
@@ -40,3 +48,23 @@ def prop_parts(
     "Build a prop."
     if prop.kind not in KINDS: raise ValueError(f"prop: expected one of {', '.join(KINDS)}, got {prop.kind!r}")
     return KINDS[prop.kind](prop.shape)
+
+# %% ../../nbs/21f_props.ipynb #c006
+def moved(
+    prop: Prop,
+    T_world: np.ndarray,  # (4, 4), applied after the pose it has
+) -> Prop:
+    "Put a prop somewhere else."
+    return replace(prop, T_world_prop=T_world @ prop.T_world_prop)
+
+# %% ../../nbs/21f_props.ipynb #c008
+def top_m(
+    prop: Prop,  # a drape or a mound
+    xy_m: np.ndarray,  # (N, 2) world
+) -> np.ndarray:  # (N,) z in the world; nan beside it
+    "Tell how high a prop is at some places."
+    from scipy.spatial import cKDTree
+
+    points = np.concatenate([transform(prop.T_world_prop, p.vertices_m) for p in prop_parts(prop)])
+    away, near = cKDTree(points[:, :2]).query(xy_m, k=6)
+    return np.where(away[:, 0] < 0.02, points[near, 2].max(1), np.nan)
