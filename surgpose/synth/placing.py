@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from .parts import Camera, Occluder, ToolPlacement
 from .tools import build_tool, opening_range, sample_asset
 
 # %% auto #0
-__all__ = ['read_camera', 'sample_intrinsics', 'split_of', 'own_share', 'obj_file', 'choose_asset', 'sample_materials',
+__all__ = ['read_camera', 'sample_intrinsics', 'pick', 'split_of', 'own_share', 'obj_file', 'choose_asset', 'sample_materials',
            'sample_opening', 'turned', 'place_tool', 'length_m', 'sample_camera', 'move_into_view', 'sample_travel',
            'set_in_motion']
 
@@ -52,6 +53,16 @@ def sample_intrinsics(
     return scale_camera(K, w / width, h / height), w, h
 
 # %% ../../nbs/21b_placing.ipynb #c012
+def pick(
+    rng: np.random.Generator,
+    weights: dict,  # choice -> weight; need not add up to 1
+) -> Any:  # one of the choices
+    "Draw one of several choices."
+    names = list(weights)
+    share = np.array([weights[n] for n in names], float)
+    return names[rng.choice(len(names), p=share / share.sum())]
+
+# %% ../../nbs/21b_placing.ipynb #c016
 def split_of(
     index: int,  # of the scene
     val_share: float,
@@ -60,7 +71,7 @@ def split_of(
     before, after = int(index * val_share + 1e-9), int((index + 1) * val_share + 1e-9)
     return ("val", before) if after > before else ("train", index - before)
 
-# %% ../../nbs/21b_placing.ipynb #c016
+# %% ../../nbs/21b_placing.ipynb #c020
 def own_share(
     files: list,  # sorted
     split: str,  # train or val
@@ -70,7 +81,7 @@ def own_share(
     kept = max(1, round(len(files) * val_share)) if len(files) >= 4 and val_share else 0
     return files if not kept else files[-kept:] if split == "val" else files[:-kept]
 
-# %% ../../nbs/21b_placing.ipynb #c018
+# %% ../../nbs/21b_placing.ipynb #c022
 def obj_file(
     class_name: str,
     index: int,  # of the scene
@@ -84,21 +95,22 @@ def obj_file(
     if not mine or (cfg.per_obj_cap and rank // len(mine) >= cfg.per_obj_cap): return None
     return mine[rank % len(mine)]
 
-# %% ../../nbs/21b_placing.ipynb #c021
+# %% ../../nbs/21b_placing.ipynb #c025
 def choose_asset(
     class_name: str,
     index: int,  # of the scene
     rng: np.random.Generator,
     cfg: RenderConfig,
+    split: str | None = None,  # train, val or test; the scene's own when absent
 ) -> dict:  # an asset
     "Take an OBJ file where there is one to take, else draw a parametric tool of the scene's split."
     path = obj_file(class_name, index, cfg)
-    if path is None: return sample_asset(class_name, rng, split=split_of(index, cfg.val_share)[0])
+    if path is None: return sample_asset(class_name, rng, split=split or split_of(index, cfg.val_share)[0])
     from surgpose.synth.mesh_import import import_obj
 
     return import_obj(path, (cfg.kps_dir or path.parent) / f"{path.stem}_kps.json", class_name)
 
-# %% ../../nbs/21b_placing.ipynb #c024
+# %% ../../nbs/21b_placing.ipynb #c028
 def sample_materials(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -116,7 +128,7 @@ def sample_materials(
     return {role: dict(colour=colour.round(4).tolist(), roughness=round(float(rough), 4), metallic=1.0)
             for role, (colour, rough) in looks.items()}
 
-# %% ../../nbs/21b_placing.ipynb #c027
+# %% ../../nbs/21b_placing.ipynb #c031
 def sample_opening(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -127,7 +139,7 @@ def sample_opening(
     share = least + (most - least) * rng.beta(0.8, 1.2)
     return float(low + (high - low) * share * (rng.random() >= cfg.closed_share))
 
-# %% ../../nbs/21b_placing.ipynb #c031
+# %% ../../nbs/21b_placing.ipynb #c035
 def turned(
     yaw_rad: float,  # about the vertical, last
     tilt_rad: float,  # about y; positive lowers the tip
@@ -142,7 +154,7 @@ def turned(
         R = step @ R
     return R
 
-# %% ../../nbs/21b_placing.ipynb #c034
+# %% ../../nbs/21b_placing.ipynb #c038
 def place_tool(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -166,7 +178,7 @@ def place_tool(
     return ToolPlacement(asset, asset["class"], T_world_tool, opening,
                          sample_materials(rng, cfg, asset["class"], family=family, split=split), held)
 
-# %% ../../nbs/21b_placing.ipynb #c038
+# %% ../../nbs/21b_placing.ipynb #c042
 def length_m(
     placed: ToolPlacement,
 ) -> float:  # from tip to the end of the handle
@@ -174,7 +186,7 @@ def length_m(
     xyz_m = build_tool(placed.asset, placed.opening_deg).keypoints_m
     return float(np.linalg.norm(xyz_m[TIP] - xyz_m[HANDLE]))
 
-# %% ../../nbs/21b_placing.ipynb #c041
+# %% ../../nbs/21b_placing.ipynb #c045
 def sample_camera(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -190,7 +202,7 @@ def sample_camera(
     target = np.array([*(rng.uniform(-0.8, 0.8, 2) * spare_m), first.T_world_tool[2, 3]])
     return Camera(K, width, height, look_at(target + distance * towards, target, rng.normal(0, 0.15)))
 
-# %% ../../nbs/21b_placing.ipynb #c045
+# %% ../../nbs/21b_placing.ipynb #c049
 def move_into_view(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -204,7 +216,7 @@ def move_into_view(
     T[:2, 3] += (eye + ray * (T[2, 3] - eye[2]) / ray[2])[:2]
     return replace(placed, T_world_tool=T)
 
-# %% ../../nbs/21b_placing.ipynb #c049
+# %% ../../nbs/21b_placing.ipynb #c053
 def sample_travel(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -218,7 +230,7 @@ def sample_travel(
     along = np.array([np.cos(heading) / camera.K[0, 0], np.sin(heading) / camera.K[1, 1], deep / camera.K[0, 0]])
     return tuple((R @ (pixels * depth * along)).round(6).tolist())
 
-# %% ../../nbs/21b_placing.ipynb #c053
+# %% ../../nbs/21b_placing.ipynb #c057
 def set_in_motion(
     rng: np.random.Generator,
     cfg: RenderConfig,

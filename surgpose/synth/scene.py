@@ -5,38 +5,31 @@
 # %% ../../nbs/21_scene.ipynb #c002
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from ..config import RenderConfig
 from ..geometry import invert_rigid, project, transform
 from ..schema import CLASSES
+from .grips import grip
+from .motion import in_motion, timing
 from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlacement, World
-from .placing import choose_asset, move_into_view, place_tool, sample_camera, split_of
-from .surroundings import (grip, leaves_view, sample_background, sample_lights, sample_occluder,
-                                         sample_post, sample_world)
+from .placing import choose_asset, move_into_view, pick, place_tool, sample_camera, set_in_motion, split_of
+from .rig import add_cameras
+from .surroundings import (leaves_view, sample_background, sample_lights, sample_occluder, sample_post,
+                                         sample_world)
 from .theatre import sample_theatre
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['HELD_SHARE', 'pick', 'sample_tools', 'sample_scene', 'project_tool', 'Background', 'Camera', 'Light', 'Occluder',
-           'Post', 'Scene', 'ToolPlacement', 'World']
+__all__ = ['HELD_SHARE', 'sample_tools', 'sample_still', 'sample_scene', 'project_tool', 'Background', 'Camera', 'Light',
+           'Occluder', 'Post', 'Scene', 'ToolPlacement', 'World']
 
 # %% ../../nbs/21_scene.ipynb #c005
 _all_ = ["Background", "Camera", "Light", "Occluder", "Post", "Scene", "ToolPlacement", "World"]
 
 # %% ../../nbs/21_scene.ipynb #c007
-def pick(
-    rng: np.random.Generator,
-    weights: dict,  # choice -> weight; need not add up to 1
-) -> Any:  # one of the choices
-    "Draw one of several choices."
-    names = list(weights)
-    share = np.array([weights[n] for n in names], float)
-    return names[rng.choice(len(names), p=share / share.sum())]
-
-# %% ../../nbs/21_scene.ipynb #c010
 def sample_tools(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -53,31 +46,47 @@ def sample_tools(
         placed.append(tool)
     return tuple(placed), camera
 
-# %% ../../nbs/21_scene.ipynb #c013
+# %% ../../nbs/21_scene.ipynb #c010
 HELD_SHARE = {"table": 0.45, "picture": 0.6, "world": 0.6}  # by kind of background
 
-def sample_scene(
-    index: int,  # which scene, from 0
+def sample_still(
+    index: int,  # which scene, from 0; of sequences, which sequence
     seed: int,  # root seed of the dataset
     cfg: RenderConfig,
-) -> Scene:
-    "Draw one scene; the same arguments give the same scene, always."
+) -> Scene:  # with one camera
+    "Draw one scene as it stands."
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     split, strategy = split_of(index, cfg.val_share)[0], pick(rng, cfg.strategy_mix)
     if strategy == "theatre": return sample_theatre(index, seed, cfg, split, rng)
     background = sample_background(rng, cfg, strategy, split)
     tools, camera = sample_tools(rng, cfg, index, HELD_SHARE[background.kind])
     room = int(rng.integers(cfg.max_occluders + 1))
-    occluders = [grip(rng, t) for t in tools if t.held and rng.random() < 0.75][:room]
+    occluders = [grip(rng, t, split=split, holds=i) for i, t in enumerate(tools) if t.held and rng.random() < 0.75][:room]
     more = int(rng.binomial(room - len(occluders), 0.4))
-    occluders += [sample_occluder(rng, tools[rng.integers(len(tools))]) for _ in range(more)]
+    occluders += [sample_occluder(rng, tools[rng.integers(len(tools))], split=split) for _ in range(more)]
     middle = tools[0].T_world_tool[:3, 3]
     occluders = tuple(o for o in occluders if leaves_view(o, camera, middle))
+    tools, occluders = set_in_motion(rng, cfg, camera, tools, occluders)
     lights = sample_lights(rng, cfg, strategy, middle)
     return Scene(index, seed, strategy, split, tools, occluders, lights, sample_world(rng, cfg, strategy, split),
                  background, (camera,), sample_post(rng, cfg))
 
-# %% ../../nbs/21_scene.ipynb #c017
+# %% ../../nbs/21_scene.ipynb #c013
+def sample_scene(
+    index: int,  # which scene, from 0
+    seed: int,  # root seed of the dataset
+    cfg: RenderConfig,
+) -> Scene:
+    "Draw one scene; the same arguments give the same scene, always."
+    frames, _ = timing(cfg)
+    if not frames: return add_cameras(sample_still(index, seed, cfg), cfg)
+    sequence, frame = divmod(index, frames)
+    cap = cfg.per_obj_cap and max(1, cfg.per_obj_cap // frames)
+    still = add_cameras(sample_still(sequence, seed, cfg.model_copy(update=dict(per_obj_cap=cap))), cfg)
+    moving = in_motion(still, frame, cfg, np.random.default_rng(np.random.SeedSequence([seed, sequence, 1])))
+    return replace(moving, index=index, sequence=sequence)
+
+# %% ../../nbs/21_scene.ipynb #c018
 def project_tool(
     scene: Scene,
     tool_i: int,  # which of the scene's tools

@@ -9,17 +9,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.ndimage import grey_closing
 
 from ..geometry import invert_rigid, rigid, transform
 from ..schema import TIP
 from .hands import transform_capsules
 from .parts import Occluder, Prop, ToolPlacement
 from .placing import turned
-from .props import Part, prop_parts
+from .props import prop_parts
+from .solids import Part
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['Stance', 'stand', 'carried', 'Ground', 'ground_under', 'clearance_m', 'raised']
+__all__ = ['Stance', 'stand', 'stance_of', 'carried', 'Ground', 'ground_under', 'clearance_m', 'raised']
 
 # %% ../../nbs/21h_stance.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,16 @@ def stand(
     return ToolPlacement(asset, asset["class"], T_world_tool, float(stance.opening_deg), material, held)
 
 # %% ../../nbs/21h_stance.ipynb #c010
+def stance_of(
+    placed: ToolPlacement,
+) -> Stance:
+    "Read off where a tool's tip is and how the tool is turned."
+    R, tool = placed.T_world_tool[:3, :3], build_tool(placed.asset, placed.opening_deg)
+    tip_m = transform(placed.T_world_tool, tool.keypoints_m[TIP])
+    angles = np.arctan2(R[1, 0], R[0, 0]), -np.arcsin(np.clip(R[2, 0], -1, 1)), np.arctan2(R[2, 1], R[2, 2])
+    return Stance(tuple(tip_m.tolist()), *(float(a) for a in angles), placed.opening_deg)
+
+# %% ../../nbs/21h_stance.ipynb #c014
 def carried(
     hand: Occluder,
     was: ToolPlacement,  # the tool where the hand holds it now
@@ -54,7 +66,7 @@ def carried(
     T_now_was = now.T_world_tool @ invert_rigid(was.T_world_tool)
     return replace(hand, capsules=transform_capsules(T_now_was, hand.capsules), travel_m=now.travel_m)
 
-# %% ../../nbs/21h_stance.ipynb #c014
+# %% ../../nbs/21h_stance.ipynb #c018
 @dataclass(frozen=True, eq=False)
 class Ground:
     "A map of heights; outside it, and where nothing lies, the table at 0."
@@ -72,18 +84,19 @@ class Ground:
         inside = (x >= 0) & (x < columns) & (y >= 0) & (y < rows)
         return np.where(inside, self.height_m[np.clip(y, 0, rows - 1), np.clip(x, 0, columns - 1)], 0.0)
 
-# %% ../../nbs/21h_stance.ipynb #c016
-def _corners(part: Part, T_world_prop: np.ndarray, cell_m: float) -> np.ndarray:
+# %% ../../nbs/21h_stance.ipynb #c020
+def _corners(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float) -> np.ndarray:
     from trimesh.geometry import triangulate_quads
     from trimesh.remesh import subdivide_to_size
 
     xyz_m, faces = transform(T_world_prop, part.vertices_m), triangulate_quads(part.faces)
+    near = np.abs(xyz_m[faces][..., :2]).min((1, 2)) < reach_m
     sides = np.linalg.norm(xyz_m[faces] - xyz_m[np.roll(faces, 1, 1)], axis=-1).max(1)
-    large = faces[sides > cell_m]
+    large = faces[near & (sides > 2 * cell_m)]
     if not len(large): return xyz_m
-    return np.concatenate([xyz_m, subdivide_to_size(xyz_m, large, cell_m, max_iter=20)[0]])
+    return np.concatenate([xyz_m, subdivide_to_size(xyz_m, large, 2 * cell_m, max_iter=20)[0]])
 
-# %% ../../nbs/21h_stance.ipynb #c017
+# %% ../../nbs/21h_stance.ipynb #c021
 def ground_under(
     props: Iterable[Prop],  # what counts as ground
     reach_m: float = 0.3,  # half a side of the map, which lies round the origin
@@ -93,13 +106,13 @@ def ground_under(
     cells = 2 * round(reach_m / cell_m) + 1
     height = np.zeros((cells, cells))
     for part, T in ((part, prop.T_world_prop) for prop in props for part in prop_parts(prop)):
-        xyz_m = _corners(part, T, cell_m)
+        xyz_m = _corners(part, T, reach_m, cell_m)
         x, y = np.round((xyz_m[:, :2] + reach_m) / cell_m).astype(int).T
         inside = (x >= 0) & (x < cells) & (y >= 0) & (y < cells)
         np.maximum.at(height, (y[inside], x[inside]), xyz_m[inside, 2])
-    return Ground(height, np.array([-reach_m, -reach_m]), cell_m)
+    return Ground(grey_closing(height, 3), np.array([-reach_m, -reach_m]), cell_m)
 
-# %% ../../nbs/21h_stance.ipynb #c021
+# %% ../../nbs/21h_stance.ipynb #c025
 def clearance_m(
     placed: ToolPlacement,
     ground: Ground,
@@ -108,7 +121,7 @@ def clearance_m(
     xyz_m = transform(placed.T_world_tool, build_tool(placed.asset, placed.opening_deg).mesh.vertices)
     return float((xyz_m[:, 2] - ground.at(xyz_m[:, :2])).min())
 
-# %% ../../nbs/21h_stance.ipynb #c022
+# %% ../../nbs/21h_stance.ipynb #c026
 def raised(
     placed: ToolPlacement,
     ground: Ground,
