@@ -52,11 +52,11 @@ def stance_of(
 ) -> Stance:
     "Read off where a tool's tip is and how the tool is turned."
     R, tool = placed.T_world_tool[:3, :3], build_tool(placed.asset, placed.opening_deg)
-    tip_m = transform(placed.T_world_tool, tool.keypoints_m[TIP])
+    tip_m = transform(placed.T_world_tool, tool.keypoints_m)[TIP]
     angles = np.arctan2(R[1, 0], R[0, 0]), -np.arcsin(np.clip(R[2, 0], -1, 1)), np.arctan2(R[2, 1], R[2, 2])
     return Stance(tuple(tip_m.tolist()), *(float(a) for a in angles), placed.opening_deg)
 
-# %% ../../nbs/21h_stance.ipynb #c014
+# %% ../../nbs/21h_stance.ipynb #c015
 def carried(
     hand: Occluder,
     was: ToolPlacement,  # the tool where the hand holds it now
@@ -66,7 +66,7 @@ def carried(
     T_now_was = now.T_world_tool @ invert_rigid(was.T_world_tool)
     return replace(hand, capsules=transform_capsules(T_now_was, hand.capsules), travel_m=now.travel_m)
 
-# %% ../../nbs/21h_stance.ipynb #c018
+# %% ../../nbs/21h_stance.ipynb #c019
 @dataclass(frozen=True, eq=False)
 class Ground:
     "A map of heights; outside it, and where nothing lies, the table at 0."
@@ -84,19 +84,20 @@ class Ground:
         inside = (x >= 0) & (x < columns) & (y >= 0) & (y < rows)
         return np.where(inside, self.height_m[np.clip(y, 0, rows - 1), np.clip(x, 0, columns - 1)], 0.0)
 
-# %% ../../nbs/21h_stance.ipynb #c020
+# %% ../../nbs/21h_stance.ipynb #c021
 def _corners(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float) -> np.ndarray:
     from trimesh.geometry import triangulate_quads
     from trimesh.remesh import subdivide_to_size
 
     xyz_m, faces = transform(T_world_prop, part.vertices_m), triangulate_quads(part.faces)
-    near = np.abs(xyz_m[faces][..., :2]).min((1, 2)) < reach_m
+    low, high = xyz_m[faces].min(1)[:, :2], xyz_m[faces].max(1)[:, :2]
+    near = ((low < reach_m) & (high > -reach_m)).all(1)
     sides = np.linalg.norm(xyz_m[faces] - xyz_m[np.roll(faces, 1, 1)], axis=-1).max(1)
     large = faces[near & (sides > 2 * cell_m)]
     if not len(large): return xyz_m
     return np.concatenate([xyz_m, subdivide_to_size(xyz_m, large, 2 * cell_m, max_iter=20)[0]])
 
-# %% ../../nbs/21h_stance.ipynb #c021
+# %% ../../nbs/21h_stance.ipynb #c022
 def ground_under(
     props: Iterable[Prop],  # what counts as ground
     reach_m: float = 0.3,  # half a side of the map, which lies round the origin
@@ -112,7 +113,7 @@ def ground_under(
         np.maximum.at(height, (y[inside], x[inside]), xyz_m[inside, 2])
     return Ground(grey_closing(height, 3), np.array([-reach_m, -reach_m]), cell_m)
 
-# %% ../../nbs/21h_stance.ipynb #c025
+# %% ../../nbs/21h_stance.ipynb #c026
 def clearance_m(
     placed: ToolPlacement,
     ground: Ground,
@@ -121,7 +122,7 @@ def clearance_m(
     xyz_m = transform(placed.T_world_tool, build_tool(placed.asset, placed.opening_deg).mesh.vertices)
     return float((xyz_m[:, 2] - ground.at(xyz_m[:, :2])).min())
 
-# %% ../../nbs/21h_stance.ipynb #c026
+# %% ../../nbs/21h_stance.ipynb #c027
 def raised(
     placed: ToolPlacement,
     ground: Ground,

@@ -5,19 +5,238 @@
 # %% ../../nbs/21g_theatre.ipynb #c002
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from ..config import RenderConfig
-from ..geometry import look_at
+from ..geometry import rigid
 from ..schema import CLASSES
-from .parts import Background, Light, Scene, World
-from .placing import choose_asset, move_into_view, place_tool, sample_camera
-from .surroundings import grip, sample_post
+from .grips import free_hand, grip, sample_hand_look
+from .parts import Background, Camera, Occluder, Prop, Scene, ToolPlacement
+from .placing import (choose_asset, length_m, pick, sample_intrinsics, sample_materials, sample_opening, set_in_motion,
+                                    turned)
+from .props import moved, sample_distractor, thread
+from .stage import Stage, operating_stage, trainer_stage
+from .stance import Stance, raised, stance_of, stand
+from .surroundings import leaves_view, sample_post
 
 # %% auto #0
-__all__ = ['sample_theatre']
+__all__ = ['LYING_SHARE', 'WAYS_DEG', 'TILTS_DEG', 'FOV_SHARES', 'ELBOWS_M', 'STAGES', 'DIMMED', 'Role', 'sample_roles',
+           'sample_stance', 'hold_tool', 'split_fov', 'aimed', 'theatre_camera', 'spot_in_view', 'lay_tool',
+           'lay_distractor', 'sample_hands', 'suture', 'free_camera', 'sample_theatre']
 
-# %% ../../nbs/21g_theatre.ipynb #c003
+# %% ../../nbs/21g_theatre.ipynb #c005
+LYING_SHARE = 0.12  # of tools that a hand could hold
+
+@dataclass(frozen=True, eq=False)
+class Role:
+    "One tool's part in a scene."
+    class_name: str
+    side: str  # right, left, opposite, or "" for one that lies
+    held: bool
+
+# %% ../../nbs/21g_theatre.ipynb #c006
+def sample_roles(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+) -> tuple[Role, ...]:
+    "Draw the tools of a scene and who holds them."
+    count = int(pick(rng, {n: w * (2 if n == 2 else 1) for n, w in cfg.tools_per_image.items()}))
+    names = list(CLASSES) if rng.random() < 0.9 else [CLASSES[rng.integers(2)]] * 2
+    sides = ["right", "left"] if rng.random() < 0.85 else ["left", "right"]
+    roles = [Role(n, s, bool(rng.random() >= LYING_SHARE)) for n, s in zip(names, sides, strict=True)]
+    if count == 1: roles = [roles[rng.integers(2)]]
+    for _ in range(count - 2): roles.append(Role(CLASSES[rng.integers(2)], "opposite", bool(rng.random() < 0.35)))
+    return tuple(r if r.held else replace(r, side="") for r in roles)
+
+# %% ../../nbs/21g_theatre.ipynb #c010
+WAYS_DEG = {"right": (-22.0, 18.0), "left": (202.0, 18.0), "opposite": (90.0, 35.0)}  # where handles point: mean, spread
+TILTS_DEG = {"trainer": (4.0, 38.0), "operating_room": (12.0, 58.0)}
+
+def sample_stance(
+    rng: np.random.Generator,
+    stage: Stage,
+    side: str,  # a key of WAYS_DEG
+    opening_deg: float,
+) -> Stance:
+    "Hold a tool with its tip at the wound."
+    mean, spread = WAYS_DEG[side]
+    yaw = np.radians(mean + spread * rng.normal()) + np.pi
+    tilt, roll = np.radians(rng.triangular(TILTS_DEG[stage.family][0], 20, TILTS_DEG[stage.family][1])), rng.normal(0, 0.6)
+    aside = rng.normal(0, 0.012, 2) * (1 + 2 * (side == "opposite"))
+    xy = stage.wound_m[rng.integers(len(stage.wound_m)), :2] - aside
+    z = stage.ground.at(xy[None])[0] + min(rng.exponential(0.006), 0.04)
+    return Stance((*xy.tolist(), float(z)), float(yaw), float(tilt), float(roll + np.pi * rng.integers(2)), opening_deg)
+
+# %% ../../nbs/21g_theatre.ipynb #c012
+def hold_tool(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    stage: Stage,
+    role: Role,
+    asset: dict,
+    split: str,
+) -> ToolPlacement:
+    "Place one held tool of a theatre."
+    opening = sample_opening(rng, cfg, asset) * (0.6 if role.class_name == "needle_holder" else 1.0)
+    stance = sample_stance(rng, stage, role.side, max(opening, 0.0))
+    material = sample_materials(rng, cfg, role.class_name, family=stage.family, split=split)
+    return raised(stand(asset, material, stance), stage.ground, 0.0003)
+
+# %% ../../nbs/21g_theatre.ipynb #c016
+FOV_SHARES = {"train": (0.0, 0.6), "val": (0.65, 0.8), "test": (0.85, 1.0)}
+
+def split_fov(
+    cfg: RenderConfig,
+    split: str,
+) -> RenderConfig:  # the same but for fov_deg
+    "Narrow the field of view to what a split may use."
+    low, high = cfg.fov_deg
+    return cfg.model_copy(update=dict(fov_deg=tuple(low + (high - low) * share for share in FOV_SHARES[split])))
+
+# %% ../../nbs/21g_theatre.ipynb #c018
+def aimed(
+    eye_m: np.ndarray,  # (3,) world
+    target_m: np.ndarray,  # (3,) world
+    heading_rad: float,  # which way along the table is up in the picture; pi/2 is away from the surgeon
+) -> np.ndarray:  # (4, 4) T_world_cam
+    "Aim a camera that looks down."
+    z = (target_m - eye_m) / np.linalg.norm(target_m - eye_m)
+    x = np.cross(z, [np.cos(heading_rad), np.sin(heading_rad), 0.0])
+    x /= np.linalg.norm(x)
+    return rigid(np.stack([x, np.cross(z, x), z], 1), eye_m)
+
+# %% ../../nbs/21g_theatre.ipynb #c021
+def theatre_camera(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    family: str,
+    split: str,
+    length_m: float,  # of the tool that sets the distance
+    aim_m: np.ndarray,  # (3,) the wound
+) -> Camera:
+    "Hang a camera over the wound."
+    K, width, height = sample_intrinsics(rng, split_fov(cfg, split))
+    short = min(width, height)
+    distance = K[0, 0] * length_m / (rng.uniform(*cfg.theatre_span) * short)
+    low, high = cfg.tilt_deg
+    span = (min(low, high / 3), high / 3) if family == "trainer" else ((low + high) / 2, high)
+    heading = np.pi / 2 + (rng.normal(0, 0.35) if rng.random() < 0.5 else rng.uniform(-np.pi, np.pi))
+    lean, tilt = heading + np.pi, np.radians(rng.uniform(*span))
+    if family == "trainer": lean, tilt = rng.uniform(0, 2 * np.pi), np.radians(span[0] + np.ptp(span) * rng.beta(1, 3))
+    way = np.array([np.sin(tilt) * np.cos(lean), np.sin(tilt) * np.sin(lean), np.cos(tilt)])
+    aim = aim_m + [*(np.clip(rng.normal(0, 0.10, 2), -0.25, 0.25) * short / K[0, 0] * distance), 0]
+    roll = rng.normal(0, 0.2) if family == "operating_room" else 0.0
+    return Camera(K, width, height, aimed(aim + distance * way, aim, heading + roll))
+
+# %% ../../nbs/21g_theatre.ipynb #c025
+def spot_in_view(
+    rng: np.random.Generator,
+    camera: Camera,
+    taken_m: list[np.ndarray],  # (2,) each: places to keep away from, the wound first
+    tries: int = 12,
+) -> np.ndarray:  # (2,) world, on the table
+    "Find a free place on the table that the camera sees."
+    eye, spots = camera.T_world_cam[:3, 3], []
+    for _ in range(tries):
+        aim = rng.uniform(0.06, 0.94, 2) * (camera.width - 1, camera.height - 1)
+        ray = camera.T_world_cam[:3, :3] @ np.linalg.solve(camera.K, [*aim, 1.0])
+        spots.append((eye - ray * eye[2] / min(ray[2], -1e-3))[:2])
+    far = [min(np.linalg.norm(spot - t) / (0.09 if i == 0 else 0.06) for i, t in enumerate(taken_m)) for spot in spots]
+    free = [i for i, f in enumerate(far) if f > 1]
+    return spots[free[0] if free else int(np.argmax(far))]
+
+# %% ../../nbs/21g_theatre.ipynb #c028
+def lay_tool(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    stage: Stage,
+    asset: dict,
+    split: str,
+    spot_m: np.ndarray,  # (2,) where its hinge goes
+) -> ToolPlacement:
+    "Lay a tool down that nobody holds."
+    on_side = asset["class"] == "tweezers" and rng.random() < 0.6
+    R = turned(rng.uniform(0, 2 * np.pi), rng.normal(0, 0.03), np.pi * rng.integers(2) + on_side * np.pi / 2)
+    material = sample_materials(rng, cfg, asset["class"], family=stage.family, split=split)
+    placed = ToolPlacement(asset, asset["class"], rigid(R, [*spot_m, 0]), sample_opening(rng, cfg, asset), material, False)
+    return raised(placed, stage.ground, drop=True)
+
+# %% ../../nbs/21g_theatre.ipynb #c030
+def lay_distractor(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    stage: Stage,
+    split: str,
+    spot_m: np.ndarray,  # (2,)
+) -> Prop:
+    "Lay an instrument down that nobody labels."
+    turn = turned(rng.uniform(0, 2 * np.pi), 0, 0)
+    return moved(sample_distractor(rng, cfg, split), rigid(turn, [*spot_m, float(stage.ground.at(spot_m[None])[0])]))
+
+# %% ../../nbs/21g_theatre.ipynb #c032
+ELBOWS_M = {"right": (0.28, -0.30, 0.10), "left": (-0.28, -0.30, 0.10), "opposite": (0.0, 0.42, 0.12)}
+
+def sample_hands(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    stage: Stage,
+    split: str,
+    tools: list[ToolPlacement],
+    sides: list[str],  # who holds each; "" for one that lies
+) -> tuple[Occluder, ...]:
+    "Put hands on the held tools; a hand without a tool sometimes rests beside the wound."
+    looks = {who: sample_hand_look(rng, split, family=stage.family) for who in ("surgeon", "assistant")}
+    hands = []
+    for side in ("right", "left", "opposite"):
+        elbow = np.array(ELBOWS_M[side]) + rng.normal(0, 0.05, 3) * (1, 1, 0.5)
+        style = dict(split=split, look=looks["assistant" if side == "opposite" else "surgeon"], elbow_m=elbow)
+        if side != "opposite": style["left"] = side == "left"
+        held = [i for i, s in enumerate(sides) if s == side]
+        if held: hands.append(grip(rng, tools[held[0]], holds=held[0], **style))
+        elif rng.random() < (0.08 if side == "opposite" else 0.5):
+            xy = stage.wound_m[rng.integers(len(stage.wound_m)), :2] + 0.12 * rng.uniform(0.2, 0.8) * elbow[:2] / np.linalg.norm(elbow[:2])
+            hands.append(free_hand(rng, np.array([*xy, stage.ground.at(xy[None])[0] + 0.006]), **style))
+    return tuple(hands)
+
+# %% ../../nbs/21g_theatre.ipynb #c035
+def suture(
+    rng: np.random.Generator,
+    stage: Stage,
+    split: str,
+    tip_m: np.ndarray,  # (3,) where the needle is
+) -> Prop:
+    "Draw the thread between wound and tip."
+    start = stage.wound_m[rng.integers(len(stage.wound_m))]
+    line = np.linspace(start, tip_m, 4)
+    line[1:-1] += rng.normal(0, 0.02, (2, 3)) * (1, 1, 0.4) + [0, 0, 0.008]
+    tail = start + np.cumsum(rng.normal(0, 0.022, (3, 3)) * (1, 1, 0), 0)
+    points = np.concatenate([tail[::-1], line])
+    points[:, 2] = np.maximum(points[:, 2], stage.ground.at(points[:, :2]) + 0.0004)
+    return thread(rng, split, points_m=points)
+
+# %% ../../nbs/21g_theatre.ipynb #c037
+def free_camera(
+    rng: np.random.Generator,
+    cfg: RenderConfig,
+    stage: Stage,
+    split: str,
+    asset: dict,  # the first tool's
+    hands: tuple[Occluder, ...],
+    tries: int = 8,
+) -> Camera:
+    "Hang a camera where no hand is right before the lens, if it can be done."
+    long, aim = length_m(stand(asset, {}, Stance((0, 0, 0), 0, 0, 0, 0.0))), stage.wound_m.mean(0)
+    for _ in range(tries):
+        camera = theatre_camera(rng, cfg, stage.family, split, long, aim)
+        if all(leaves_view(hand, camera, aim) for hand in hands): break
+    return camera
+
+# %% ../../nbs/21g_theatre.ipynb #c038
+STAGES = {"trainer": trainer_stage, "operating_room": operating_stage}
+DIMMED = {"trainer": 1.0, "operating_room": 0.6}  # factor on the wanted brightness
+
 def sample_theatre(
     index: int,  # which scene, from 0
     seed: int,  # root seed of the dataset
@@ -26,10 +245,22 @@ def sample_theatre(
     rng: np.random.Generator,
 ) -> Scene:
     "Draw one scene of a theatre."
-    tools = [place_tool(rng, cfg, choose_asset(name, index, rng, cfg), held=True) for name in CLASSES]
-    camera = sample_camera(rng, cfg, tools[0])
-    tools[1] = move_into_view(rng, tools[1], camera)
-    hands = tuple(grip(rng, t) for t in tools)
-    lamp = Light(look_at([0.2, 0.3, 0.9], [0, 0, 0]), 0.3, 9.0, (1.0, 0.96, 0.88))
-    return Scene(index, seed, "theatre", split, tuple(tools), hands, (lamp,), World(None, (0.3, 0.34, 0.36), 0.6),
-                 Background("table", "drape", int(rng.integers(2**31)), 0.4, 0.7), (camera,), sample_post(rng, cfg), family="trainer")
+    family, roles = pick(rng, cfg.theatre_mix), sample_roles(rng, cfg)
+    stage, assets = STAGES[family](rng, cfg, split), [choose_asset(r.class_name, index, rng, cfg, split) for r in roles]
+    pairs = list(zip(roles, assets, strict=True))
+    tools = [hold_tool(rng, cfg, stage, role, asset, split) if role.held else None for role, asset in pairs]
+    hands = sample_hands(rng, cfg, stage, split, tools, [r.side for r in roles])
+    camera = free_camera(rng, cfg, stage, split, assets[0], hands)
+    taken, props = [stage.wound_m.mean(0)[:2]], list(stage.props)
+    for i, asset in enumerate(assets):
+        if tools[i] is not None: continue
+        taken.append(spot_in_view(rng, camera, taken))
+        tools[i] = lay_tool(rng, cfg, stage, asset, split, taken[-1])
+    for _ in range(int(pick(rng, cfg.distractors))):
+        taken.append(spot_in_view(rng, camera, taken))
+        props.append(lay_distractor(rng, cfg, stage, split, taken[-1]))
+    props.append(suture(rng, stage, split, np.array(stance_of(tools[0]).tip_m)))
+    moving, hands = set_in_motion(rng, cfg, camera, tuple(tools), hands)
+    post = sample_post(rng, cfg)
+    return Scene(index, seed, "theatre", split, moving, hands, stage.lights, stage.world, Background("world"), (camera,),
+                 replace(post, brightness=DIMMED[family] * post.brightness), tuple(props), family)
