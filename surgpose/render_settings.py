@@ -90,6 +90,7 @@ class RenderConfig(Section):
     workers: int = Field(1, ge=1, description="Blender processes at a time")
     scheduler: str | None = Field(None, description="address of a Dask scheduler, like tcp://host:8786, whose workers see the same folder; this machine when absent")
     scenes_per_worker: int = Field(200, ge=1, description="scenes after which a Blender process is replaced; it leaks memory")
+    worker_memory_gb: float = Field(6.0, gt=0, description="resident memory in GB at which a Blender process is replaced before its time")
     timeout_s: float = Field(180.0, gt=0, description="seconds one scene may take before its worker is ended and the scene retried")
 
     @model_validator(mode="after")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import signal
 import sys
-import tempfile
+import threading
 import time
 import traceback
 from functools import partial
@@ -19,19 +21,19 @@ import cv2
 import numpy as np
 
 from ..config import RenderConfig
-from ..files import atomic_path, read_json, sha256_file, write_json
+from ..files import atomic_write, sha256_file, write_json
 from ..geometry import transform
 from .dress import T_CV_BLENDER, add_light, add_occluder, add_prop, add_table, add_tool, set_world
 from .labels import Drawing, annotate, note, reach_probes, what_hides
 from .looks import crop_photo, develop, paste, texture
 from .parts import Background, Camera, Scene
 from .scene import sample_scene
-from .startup import start_blender as start_blender
+from .startup import device_in_use, start_blender, work_folder
 from .tools import Tool, build_tool
 
 # %% auto #0
 __all__ = ['build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'draw_camera', 'draw_scene', 'background_picture',
-           'finish', 'write_scene', 'draw_wanted', 'run_job', 'main']
+           'finish', 'write_scene', 'draw_wanted', 'listen', 'serve', 'main']
 
 # %% ../../nbs/22_blender.ipynb #c006
 def build_scene(
@@ -153,11 +155,11 @@ def write_scene(
     for i, (drawing, camera) in enumerate(zip(draw_scene(bproc, scene), scene.cameras, strict=True)):
         name = f"images/{scene.index:06d}{f'_c{i}' if i else ''}.jpg"
         quality = [cv2.IMWRITE_JPEG_QUALITY, scene.post.jpeg_quality]
-        with atomic_path(out / name) as tmp: cv2.imwrite(str(tmp), drawing.image_bgr, quality)
+        atomic_write(out / name, cv2.imencode(".jpg", drawing.image_bgr, quality)[1].tobytes())  # imwrite hides a full disk
         notes = [note(placed, drawing, camera, k) for k, placed in enumerate(scene.tools)]
         shots.append(dict(file_name=name, camera=i, sha256=sha256_file(out / name), tools=notes,
                           annotations=annotate(scene, drawing, camera)))
-    record = dict(scene=scene.to_dict(), shots=shots, seconds=round(time.perf_counter() - start, 3))
+    record = dict(scene=scene.to_dict(), shots=shots, device=device_in_use(), seconds=round(time.perf_counter() - start, 3))
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
 
@@ -173,37 +175,48 @@ def draw_wanted(
     try:
         scene = sample_scene(index, job["seed"], cfg) if isinstance(wanted, int) else Scene.from_dict(wanted)
         return dict(index=index, seconds=write_scene(bproc, scene, Path(job["out"]))["seconds"])
-    except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}")
+    except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}", errno=getattr(e, "errno", None))
 
 # %% ../../nbs/22_blender.ipynb #c027
-def run_job(
-    job: dict,  # out, config, seed, device, threads, parent (process id), scenes (indices or plain data)
+def listen(
+    asked: queue.SimpleQueue,
+    parent: int,  # process id of the one who asks
 ) -> None:
-    "Draw the scenes of a job and say a line of JSON on the real standard output for each."
-    say = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Blender chats on standard output
-    cfg, memory = RenderConfig(**job["config"]), "/dev/shm"
-    with tempfile.TemporaryDirectory(prefix="surgpose-", dir=memory if os.access(memory, os.W_OK) else None) as temp:
-        bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
-        print(json.dumps(dict(ready=True)), file=say, flush=True)
-        for wanted in job["scenes"]:
-            if os.getppid() != job["parent"]: return  # nobody waits for us any more
-            print(json.dumps(draw_wanted(bproc, cfg, job, wanted)), file=say, flush=True)
+    "Queue what is asked, and None at the end; never outlive the one who asks."
+    for line in sys.stdin: asked.put(json.loads(line))
+    asked.put(None)
+    while os.getppid() == parent: time.sleep(0.2)
+    os._exit(1)
 
 # %% ../../nbs/22_blender.ipynb #c029
-def main(
-    argv: list[str],  # one path, the job's JSON
+def serve(
+    job: dict,  # out, config, seed, device, threads, parent (process id), idle_s
 ) -> None:
+    "Draw what is asked for and say a line of JSON on the real standard output for each."
+    say, asked = os.fdopen(os.dup(1), "w"), queue.SimpleQueue()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Blender chats on standard output
+    threading.Thread(target=listen, args=(asked, job["parent"]), daemon=True).start()
+    cfg = RenderConfig(**job["config"])
+    with work_folder() as temp:
+        try: bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
+        except Exception as e: print(json.dumps(dict(error=str(e))), file=say, flush=True); raise
+        print(json.dumps(dict(ready=True, device=device_in_use())), file=say, flush=True)
+        while (wanted := asked.get(timeout=job["idle_s"])) is not None:
+            print(json.dumps(draw_wanted(bproc, cfg, job, wanted)), file=say, flush=True)
+
+# %% ../../nbs/22_blender.ipynb #c031
+def main() -> None:
     "Run as a worker process; never returns."
     code = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        run_job(read_json(argv[0]))
+        serve(json.loads(sys.stdin.readline()))
         code = 0
+    except queue.Empty: code = 0
     except Exception:  # noqa: BLE001  the exit below would swallow it
         traceback.print_exc()
     finally:
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(code)
 
-if __name__ == "__main__" and globals().get("__package__"):  # not in a notebook, which is __main__ too
-    main(sys.argv[1:])
+if __name__ == "__main__" and globals().get("__package__"): main()  # not in a notebook, which is __main__ too

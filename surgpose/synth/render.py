@@ -6,103 +6,69 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import RenderConfig
 from ..data.coco import new_coco, write_coco
-from ..files import (MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, write_json,
-                            write_manifest)
-from ..schema import CLASSES
+from ..files import (MANIFEST, atomic_write, lock_folder, read_json, read_jsonl, sha256_file, utc_now, versions,
+                            write_json)
+from .checks import check_inputs, check_same, check_space, told_when_full
 from .cluster import draw_all
-from .mesh_import import import_obj
-from .placing import read_camera
-from .surroundings import HDRI, PHOTO, listed
-from .workers import RECORDS
+from .film import film_name, write_films
+from .motion import timing
+from .startup import parse_device
+from .workers import RECORDS, is_whole
 
 # %% auto #0
-__all__ = ['FREE', 'check_models', 'check_inputs', 'check_space', 'check_same', 'finished_records', 'record_to_images',
-           'record_to_annotations', 'dumps', 'assemble', 'draw_missing', 'render']
+__all__ = ['LABELS', 'READY', 'finished_records', 'is_assembled', 'sweep', 'record_to_images', 'record_to_annotations', 'dumps',
+           'finish_move', 'assemble', 'draw_missing', 'render']
 
 # %% ../../nbs/23_render.ipynb #c005
-def check_models(
-    cfg: RenderConfig,
-) -> int:  # how many OBJ files there are
-    "Read every OBJ and its keypoints once."
-    files = [(name, path) for name in CLASSES for path in sorted((cfg.models_dir / name).glob("*.obj"))]
-    if not files:
-        wanted = " or ".join(f"{c}/*.obj" for c in CLASSES)
-        raise FileNotFoundError(f"render.models_dir: expected {wanted} in {cfg.models_dir}, there is none")
-    for name, path in files: import_obj(path, (cfg.kps_dir or path.parent) / f"{path.stem}_kps.json", name)
-    return len(files)
+def _of_manifest(out: Path) -> list[dict]:
+    manifest, path = read_json(out / MANIFEST), out / "scenes.jsonl"
+    if not path.is_file() or sha256_file(path) != manifest["files"].get(path.name): return []  # believed whole or not at all
+    seconds = manifest["seconds"]
+    rows = [{**row, "shots": [{**s, "sha256": manifest["files"].get(s["file_name"])} for s in row["shots"]]}
+            for row in read_jsonl(path)]
+    return [{**row, "seconds": seconds.get(str(row["scene"]["index"]))} for row in rows]
 
-# %% ../../nbs/23_render.ipynb #c008
-def check_inputs(
-    cfg: RenderConfig,
-) -> None:
-    "Refuse inputs that are missing or broken."
-    if cfg.camera_json: read_camera(cfg.camera_json)
-    for name in ("hdri_dir", "backgrounds_dir", "models_dir", "kps_dir"):
-        folder = getattr(cfg, name)
-        if folder and not folder.is_dir():
-            raise FileNotFoundError(f"render.{name}: expected a folder, got {str(folder)!r}")
-    if cfg.hdri_dir: listed(cfg.hdri_dir, *HDRI)
-    if cfg.backgrounds_dir: listed(cfg.backgrounds_dir, *PHOTO)
-    if cfg.models_dir: check_models(cfg)
-
-# %% ../../nbs/23_render.ipynb #c010
-def check_space(
-    out: Path,
-    cfg: RenderConfig,
-) -> None:
-    "Refuse to start when the disk cannot hold the dataset."
-    need = cfg.images * (cfg.width * cfg.height * cfg.res_scale**2 * 0.6 + 40_000)  # bytes: fine JPEG, and record
-    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
-    if free < need:
-        raise RuntimeError(f"{out}: {cfg.images} images need about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
-                           "choose another folder")
-
-# %% ../../nbs/23_render.ipynb #c012
-FREE = ("workers", "scenes_per_worker", "timeout_s")  # settings that change how, not what
-
-def check_same(
-    out: Path,
-    facts: dict,  # config and seed of this call
-) -> None:
-    "Refuse to mix two configs in one folder; more images of the same kind are welcome."
-    files = [f for f in (out / MANIFEST, out / RECORDS / "render.json") if f.is_file()]
-    if not files: return
-    old = read_json(files[0])
-    was, now = ({**f["config"], "seed": f["seed"]} for f in (old, facts))
-    changed = [k for k in now if k not in FREE and was.get(k) != now[k] and not (k == "images" and was[k] < now[k])]
-    if changed:
-        told = ", ".join(f"{k} {was.get(k)!r} -> {now[k]!r}" for k in changed)
-        raise ValueError(f"{out}: was rendered with other settings ({told}); use another folder, or delete this one")
-
-# %% ../../nbs/23_render.ipynb #c015
-def _whole(out: Path, record: dict) -> bool:
-    images = {out / s["file_name"]: s["sha256"] for s in record["shots"]}
-    return all(path.is_file() and sha256_file(path) == digest for path, digest in images.items())
-
-# %% ../../nbs/23_render.ipynb #c016
+# %% ../../nbs/23_render.ipynb #c006
 def finished_records(
     out: Path,
 ) -> dict[int, dict]:  # scene index -> record
     "Collect what is already drawn, and drop what is damaged."
-    found = []
-    if (out / MANIFEST).is_file():
-        manifest = read_json(out / MANIFEST)
-        for row in read_jsonl(out / "scenes.jsonl"):
-            shots = [{**s, "sha256": manifest["files"].get(s["file_name"])} for s in row["shots"]]
-            found.append({**row, "shots": shots, "seconds": manifest["seconds"].get(str(row["scene"]["index"]))})
+    found = _of_manifest(out) if (out / MANIFEST).is_file() else []
     for path in sorted((out / RECORDS).glob("[0-9]*.json")):
         try: found.append(read_json(path))
         except ValueError: path.unlink()
-    return {r["scene"]["index"]: r for r in found if _whole(out, r)}
+    return {r["scene"]["index"]: r for r in found if is_whole(out, r)}
 
-# %% ../../nbs/23_render.ipynb #c018
+# %% ../../nbs/23_render.ipynb #c009
+def is_assembled(
+    out: Path,
+) -> bool:
+    "Tell whether labels and manifest are there and belong together."
+    if not (out / MANIFEST).is_file() or (out / RECORDS).exists(): return False
+    files = read_json(out / MANIFEST)["files"]
+    names = [*LABELS, *(n for n in files if n.startswith("sequences/"))]
+    return all((out / n).is_file() and sha256_file(out / n) == files.get(n) for n in names)
+
+# %% ../../nbs/23_render.ipynb #c012
+def sweep(
+    out: Path,
+) -> None:
+    "Remove what killed processes left half-written."
+    for folder in (out, out / "images", out / RECORDS):
+        for path in folder.glob(".*.tmp*"): path.unlink(missing_ok=True)
+
+# %% ../../nbs/23_render.ipynb #c015
 def record_to_images(
     record: dict,
 ) -> list[dict]:  # COCO images, one per camera
@@ -113,10 +79,14 @@ def record_to_images(
         (fx, _, cx), (_, fy, cy), _ = camera["K"]
         rows.append(dict(id=scene["index"] * len(scene["cameras"]) + shot["camera"] + 1, file_name=shot["file_name"],
                          width=camera["width"], height=camera["height"], fx=fx, fy=fy, cx=cx, cy=cy,
+                         T_world_cam=np.round(camera["T_world_cam"], 9).tolist(), camera=shot["camera"],
                          strategy=scene["strategy"], scene=scene["index"], split=scene["split"]))
+        if scene.get("sequence") is not None:
+            rows[-1] |= dict(video=film_name(scene["sequence"], shot["camera"]), sequence=scene["sequence"],
+                             frame=scene["frame"], t_s=scene["t_s"])
     return rows
 
-# %% ../../nbs/23_render.ipynb #c020
+# %% ../../nbs/23_render.ipynb #c017
 def record_to_annotations(
     record: dict,
 ) -> list[dict]:  # COCO annotations, still without ids
@@ -124,35 +94,54 @@ def record_to_annotations(
     pairs = zip(record_to_images(record), record["shots"], strict=True)
     return [dict(image_id=image["id"], **row) for image, shot in pairs for row in shot["annotations"]]
 
-# %% ../../nbs/23_render.ipynb #c023
+# %% ../../nbs/23_render.ipynb #c020
 def dumps(
     row: dict,
 ) -> str:  # one line of JSON
     "Write plain data on one line."
     return json.dumps(row, separators=(",", ":"), allow_nan=False)
 
-# %% ../../nbs/23_render.ipynb #c025
+# %% ../../nbs/23_render.ipynb #c022
+LABELS = ("coco_annotations.json", "scenes.jsonl")
+READY = "ready"  # folder within the hidden one
+
+def finish_move(
+    out: Path,
+) -> None:
+    "Move what is ready into place, and end the unfinished state."
+    ready = out / RECORDS / READY
+    if not (ready / MANIFEST).is_file(): return
+    made = [p.relative_to(ready).as_posix() for p in sorted(ready.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    for name in (*made, MANIFEST):
+        (out / name).parent.mkdir(exist_ok=True)
+        os.replace(ready / name, out / name)
+    shutil.rmtree(out / RECORDS, ignore_errors=True)
+
+# %% ../../nbs/23_render.ipynb #c023
 def assemble(
     out: Path,
     records: dict[int, dict],  # scene index -> record
     facts: dict[str, Any],  # for the manifest
 ) -> Path:  # `out`
-    "Write annotations, scenes and manifest, in this order."
-    rows = [records[i] for i in sorted(records)]
+    "Write annotations, scenes, clips of sequences, and the manifest."
+    rows, ready = [records[i] for i in sorted(records)], out / RECORDS / READY
+    shutil.rmtree(ready, ignore_errors=True)
     images = [image for r in rows for image in record_to_images(r)]
     notes = [dict(id=n, **a) for n, a in enumerate((a for r in rows for a in record_to_annotations(r)), 1)]
-    info = dict(description="rendered by surgpose", seed=facts["seed"])
-    write_coco(out / "coco_annotations.json", new_coco(images, notes, info))
+    coco = new_coco(images, notes, dict(description="rendered by surgpose", seed=facts["seed"]))
+    write_coco(ready / LABELS[0], coco)
     lines = [dict(scene=r["scene"], shots=[{k: v for k, v in s.items() if k != "sha256"} for s in r["shots"]])
              for r in rows]
-    atomic_write(out / "scenes.jsonl", "".join(dumps(line) + "\n" for line in lines))
+    atomic_write(ready / LABELS[1], "".join(dumps(line) + "\n" for line in lines))
+    films = write_films(out, ready, coco, timing(RenderConfig(**facts["config"]))[1])
+    files = {name: sha256_file(ready / name) for name in (*LABELS, *films)}
+    files |= {s["file_name"]: s["sha256"] for r in rows for s in r["shots"]}
     seconds = {str(r["scene"]["index"]): r["seconds"] for r in rows}
-    write_manifest(out, {**facts, "created": utc_now(), "seconds": seconds},
-                   ["coco_annotations.json", "scenes.jsonl", *(im["file_name"] for im in images)])
-    shutil.rmtree(out / RECORDS, ignore_errors=True)
+    write_json(ready / MANIFEST, {**facts, "created": utc_now(), "seconds": seconds, "versions": versions(), "files": files})
+    finish_move(out)
     return out
 
-# %% ../../nbs/23_render.ipynb #c027
+# %% ../../nbs/23_render.ipynb #c028
 def draw_missing(
     out: Path,
     cfg: RenderConfig,
@@ -165,31 +154,49 @@ def draw_missing(
     "Draw scenes under a progress bar."
     from tqdm.auto import tqdm
 
-    with tqdm(total=cfg.images, initial=cfg.images - len(missing), desc="render", unit="image", file=sys.stderr,
-              dynamic_ncols=True, disable=not progress) as bar:
-        failed = draw_all(out, cfg, missing, seed=seed, device=device, on_done=lambda index: bar.update())
+    def say(text: str) -> None:
+        if progress: tqdm.write(text, file=sys.stderr)
+
+    with tqdm(total=cfg.images, initial=cfg.images - len(missing), desc="render", unit="image" if cfg.cameras == 1 else "scene",
+              file=sys.stderr, dynamic_ncols=True, disable=not progress) as bar:
+        failed = draw_all(out, cfg, missing, seed=seed, device=device, on_done=lambda index: bar.update(), say=say)
+    if failed: warnings.warn(f"left out, could not be drawn: {', '.join(f'scene {i} ({why})' for i, why in sorted(failed.items()))}",
+                             stacklevel=2)
     return {str(i): why for i, why in sorted(failed.items())}
 
 # %% ../../nbs/23_render.ipynb #c029
+def _go_on(out: Path, cfg: RenderConfig, facts: dict, device: str, progress: bool) -> None:
+    sweep(out); finish_move(out)
+    missing = [i for i in range(cfg.images) if i not in finished_records(out)]
+    if not missing and is_assembled(out): return
+    check_space(out, cfg, len(missing))
+    devices = read_json(out / MANIFEST).get("devices", []) if (out / MANIFEST).is_file() else []
+    write_json(out / RECORDS / "render.json", facts)
+    try: failed = draw_missing(out, cfg, missing, seed=facts["seed"], device=device, progress=progress) if missing else {}
+    finally: sweep(out)
+    records = finished_records(out)
+    if lost := [i for i in missing if i not in records and str(i) not in failed]:
+        raise RuntimeError(f"{out}: {len(lost)} drawn scenes are not there, or differ from their records, like {lost[0]}; the same "
+                           "command draws them again")
+    devices = sorted({*devices, *(r["device"] for r in records.values() if "device" in r)})
+    assemble(out, records, {**facts, "devices": devices, "failed": failed})
+
+# %% ../../nbs/23_render.ipynb #c031
 def render(
     out: Path | str,  # dataset folder; made, or gone on with
     cfg: RenderConfig,
     *,
     seed: int = 0,  # root of all randomness
-    device: str = "auto",  # auto, cpu, a GPU's number, or several like 0,1
+    device: str = "auto",  # auto, cpu, gpu, a GPU's number, or several like 0,1
     progress: bool = True,  # a bar on standard error
 ) -> Path:  # `out`
     "Render a dataset, or what is missing of it."
     out, facts = Path(out), dict(config=cfg.model_dump(mode="json"), seed=seed)
+    parse_device(device)
     check_inputs(cfg)
     check_same(out, facts)
-    check_space(out, cfg)
-    with lock_folder(out):
+    if not out.exists(): check_space(out, cfg, cfg.images)
+    with told_when_full(out, cfg), lock_folder(out):
         check_same(out, facts)
-        records = finished_records(out)
-        missing = [i for i in range(cfg.images) if i not in records]
-        if missing or not (out / MANIFEST).is_file():
-            write_json(out / RECORDS / "render.json", facts)
-            failed = draw_missing(out, cfg, missing, seed=seed, device=device, progress=progress)
-            assemble(out, finished_records(out), {**facts, "failed": failed})
+        _go_on(out, cfg, facts, device, progress)
     return out

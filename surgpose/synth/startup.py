@@ -17,8 +17,8 @@ from typing import Any
 from ..config import RenderConfig
 
 # %% auto #0
-__all__ = ['GPU_KINDS', 'import_blenderproc', 'parse_device', 'choose_device', 'set_device', 'device_in_use', 'work_folder',
-           'start_blender']
+__all__ = ['GPU_KINDS', 'import_blenderproc', 'parse_device', 'choose_device', 'set_device', 'device_in_use', 'memory_folder',
+           'sweep_work_folders', 'work_folder', 'start_blender']
 
 # %% ../../nbs/22a_startup.ipynb #c005
 def _folder() -> Path:
@@ -124,19 +124,30 @@ def device_in_use() -> str:  # like CPU or OPTIX 0
     return f"{kind} {','.join(used)}"
 
 # %% ../../nbs/22a_startup.ipynb #c023
-def work_folder(
-    base: str | None = None,  # where to make it; shared memory when absent, or the usual place where there is none
-) -> tempfile.TemporaryDirectory:
-    "Make a temporary folder named after this process, and remove those of processes that are gone."
+def memory_folder() -> str:
+    "Find shared memory, or the usual place for temporary files where there is none."
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+# %% ../../nbs/22a_startup.ipynb #c025
+def sweep_work_folders(
+    base: str | None = None,  # `memory_folder` when absent
+) -> None:
+    "Remove the work folders of processes that are gone."
     import psutil
 
-    base = base or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
-    for old in Path(base).glob("surgpose-*-*"):
+    for old in Path(base or memory_folder()).glob("surgpose-*-*"):
         pid = old.name.split("-")[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)): shutil.rmtree(old, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"surgpose-{os.getpid()}-", dir=base)
 
-# %% ../../nbs/22a_startup.ipynb #c027
+# %% ../../nbs/22a_startup.ipynb #c026
+def work_folder(
+    base: str | None = None,  # `memory_folder` when absent
+) -> tempfile.TemporaryDirectory:
+    "Make a temporary folder named after this process."
+    sweep_work_folders(base)
+    return tempfile.TemporaryDirectory(prefix=f"surgpose-{os.getpid()}-", dir=base or memory_folder())
+
+# %% ../../nbs/22a_startup.ipynb #c030
 def start_blender(
     cfg: RenderConfig,
     *,
