@@ -12,16 +12,54 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from . import __version__
 from .config import PROFILES, RunConfig, Section, from_environment, profile
 from .verbs import VERBS, UsageError, Verb, as_usage
 
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
 # %% auto #0
-__all__ = ['parse_verb', 'usage', 'stdout_kept_clean', 'main']
+__all__ = ['read_pairs', 'flag_rules', 'long_names', 'parse_verb', 'usage', 'stdout_kept_clean', 'main']
 
 # %% ../nbs/92_cli.ipynb #c005
+def read_pairs(
+    words: Sequence[str],  # like ["frames=48", "fps", "12"]
+) -> dict[str, str]:
+    "Read names and values."
+    flat = [part for word in words for part in (word.split("=", 1) if "=" in word else [word])]
+    if len(flat) % 2 or "" in flat: raise ValueError(f"expected name=value as often as wanted, got {' '.join(words)!r}")
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+# %% ../nbs/92_cli.ipynb #c008
+def _as_pairs(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    from tyro.constructors import PrimitiveConstructorSpec
+    if info.type_origin is not dict: return None
+    key, _ = get_args(info.type)
+    name = "{" + ",".join(map(str, get_args(key))) + "}" if get_args(key) else "N" if key is int else "NAME"
+    return PrimitiveConstructorSpec(nargs="*", metavar=f"{name}=VALUE ...", instance_from_str=read_pairs,
+                                    is_instance=lambda value: isinstance(value, dict),
+                                    str_from_instance=lambda value: [f"{k}={v:g}" for k, v in value.items()])
+
+def flag_rules() -> ConstructorRegistry:
+    "Make the rules for flags that tyro does not have."
+    from tyro.constructors import ConstructorRegistry
+    rules = ConstructorRegistry()
+    rules.primitive_rule(_as_pairs)
+    return rules
+
+# %% ../nbs/92_cli.ipynb #c011
+def long_names(
+    args: Sequence[str],
+    short: dict[str, str],  # other name -> name
+) -> list[str]:
+    "Put the flags' own names for their others."
+    pairs = (a.partition("=") for a in args)
+    return [short.get(name, name) + sep + value for name, sep, value in pairs]
+
+# %% ../nbs/92_cli.ipynb #c015
 def parse_verb(
     name: str,  # one of `VERBS`
     args: Sequence[str],  # what stands behind it on the command line
@@ -35,21 +73,24 @@ def parse_verb(
     base = as_usage(lambda: from_environment(profile(asked))) if asked in PROFILES else RunConfig()
     values = {f.name: tyro.MISSING if f.default is MISSING else f.default for f in fields(verb)}
     values |= {n: getattr(base, n) for n, v in values.items() if isinstance(v, Section)}
-    try: return tyro.cli(verb, default=verb(**values), args=list(args), prog=f"surgpose {name}")
+    try: return tyro.cli(verb, default=verb(**values), args=long_names(args, verb.short), prog=f"surgpose {name}",
+                         registry=flag_rules())
     except ValidationError as e:
-        raise UsageError("; ".join(f"--{'.'.join(map(str, x['loc'])).replace('_', '-')}: "
-                                   f"{x['msg'].removeprefix('Value error, ')}" for x in e.errors())) from None
+        where = [[str(part) for part in x["loc"] if part != "[key]"] for x in e.errors()]
+        says = [x["msg"].removeprefix("Value error, ") for x in e.errors()]
+        raise UsageError("; ".join(f"--{'.'.join(w).replace('_', '-')}: {s}" if w else s
+                                   for w, s in zip(where, says, strict=True))) from None
 
-# %% ../nbs/92_cli.ipynb #c008
+# %% ../nbs/92_cli.ipynb #c018
 def usage() -> str:
     "Write the overview: one line per verb."
     lines = [f"  {name:9} {verb.__doc__.splitlines()[0]}" for name, verb in VERBS.items()]
     head = "Teach a network the 2D pose of surgical tools from rendered images, and adapt it to video."
-    tail = "Results: path on stdout, progress on stderr. Exit codes: 0 done, 1 failed, 2 bad usage."
+    tail = "Results: path on stdout, progress on stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 74 disk full."
     return "\n".join(["usage: surgpose VERB [options]", "", head, "", "verbs:", *lines, "",
                       "surgpose VERB --help lists the options of one.", tail])
 
-# %% ../nbs/92_cli.ipynb #c011
+# %% ../nbs/92_cli.ipynb #c021
 @contextmanager
 def stdout_kept_clean() -> Iterator[None]:
     "Send whatever is printed on stdout to stderr, also from C."
@@ -65,11 +106,11 @@ def stdout_kept_clean() -> Iterator[None]:
         sys.stdout = old
         if kept is not None: os.dup2(kept, 1); os.close(kept)
 
-# %% ../nbs/92_cli.ipynb #c012
+# %% ../nbs/92_cli.ipynb #c022
 def _terminated(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
-# %% ../nbs/92_cli.ipynb #c013
+# %% ../nbs/92_cli.ipynb #c023
 def _fail(name: str, error: BaseException, code: int, debug: bool) -> int:
     if debug:
         import traceback
@@ -78,7 +119,7 @@ def _fail(name: str, error: BaseException, code: int, debug: bool) -> int:
     if not debug: print(f"surgpose {name}: {text}", file=sys.stderr)
     return code
 
-# %% ../nbs/92_cli.ipynb #c014
+# %% ../nbs/92_cli.ipynb #c024
 def main(
     argv: Sequence[str] | None = None,  # the command line without the program's name; sys.argv when absent
 ) -> int:  # exit code
@@ -95,7 +136,7 @@ def main(
         with stdout_kept_clean(): result = verb.run()
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 2
     except UsageError as e: return _fail(name, e, 2, debug)
-    except (ValueError, OSError, RuntimeError) as e: return _fail(name, e, 1, debug)
+    except (ValueError, OSError, RuntimeError) as e: return _fail(name, e, getattr(e, "exit_code", 1), debug)
     except KeyboardInterrupt:
         print(f"surgpose {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

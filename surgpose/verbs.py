@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -49,6 +49,7 @@ class Verb:
     "What all verbs take."
     profile: Literal["demo", "cpu", "paper"] = "demo"  # where the defaults of the other flags come from
     debug: bool = False  # show the traceback of an error; SURGPOSE_DEBUG=1 does the same
+    short: ClassVar[dict[str, str]] = {}  # other names of flags
 
     def place(self, out: Path | None, name: str) -> Path:
         "Choose the folder to write: what the user said, or a name under PROJ_OUT or reports/."
@@ -59,16 +60,27 @@ class Verb:
 class Render(Verb):
     """Render labelled images of tools into a dataset folder; an interrupted render is continued.
 
+    Weights are given like --strategy-mix theatre=1 hdri=0.5; what is not named gets none. Clips are made
+    by --sequence frames=48 fps=12, where --images counts frames. Short names: --models, --backgrounds,
+    --hdris and --camera stand for --models-dir, --backgrounds-dir, --hdri-dir and --camera-json.
+
     Example: surgpose render --out data/mine --images 8 --seed 1 --workers 2
     """
     render: Annotated[RenderConfig, Flat] = RenderConfig()
     out: Out = None  # dataset folder to make or to continue; `synthetic` under PROJ_OUT or reports/ when absent
+    bop: Out = None  # folder for the same dataset in BOP layout; none when absent
     seed: int = 0  # root of all randomness
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    device: str = "auto"  # auto, cpu, gpu (the first, through OptiX or else CUDA), a GPU's number, or several like 0,1
+    short: ClassVar[dict[str, str]] = {"--models": "--models-dir", "--backgrounds": "--backgrounds-dir",
+                                       "--hdris": "--hdri-dir", "--camera": "--camera-json"}
 
     def run(self) -> Path:
         from surgpose.synth.render import render
-        return render(self.place(self.out, "synthetic"), self.render, seed=self.seed, device=self.device)
+        out = render(self.place(self.out, "synthetic"), self.render, seed=self.seed, device=self.device)
+        if self.bop is not None:
+            from surgpose.synth.bop import write_bop
+            write_bop(out, self.bop)
+        return out
 
 # %% ../nbs/91a_verbs.ipynb #c012
 @dataclass(frozen=True, kw_only=True)
