@@ -48,7 +48,7 @@ class Phase:
     group: str = ""  # a name that selects several phases at once
 
 # %% ../nbs/90a_engine.ipynb #c008
-SPEED = {"workers", "scenes_per_worker", "timeout_s"}  # config fields that change no result
+SPEED = {"workers", "scheduler", "scenes_per_worker", "worker_memory_gb", "timeout_s"}  # config fields that change no result
 
 # %% ../nbs/90a_engine.ipynb #c009
 def _source_hash(names: tuple[str, ...]) -> str:
