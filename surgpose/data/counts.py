@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .coco import check_splits
 from ..files import read_json
 from ..schema import CLASSES, HANDLE, KEYPOINTS, TIP, class_name
 
@@ -20,13 +19,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['annotation_table', 'summary_table', 'mix_counts', 'mix_verdict', 'asked_mix', 'findings', 'dataset_verdict']
+__all__ = ['annotation_table', 'summary_table', 'group_of', 'mix_counts', 'with_shares', 'mix_table', 'chance_of', 'say_mix',
+           'mix_verdict', 'asked_mix', 'split_members', 'in_two_splits', 'split_table', 'say_splits', 'findings',
+           'dataset_verdict']
 
 # %% ../../nbs/13a_counts.ipynb #c007
 _COLUMNS = ("annotation_id", "image_id", "category", "strategy", "split", "width_px", "height_px",
-            "box_share", *KEYPOINTS, "angle_deg", "opening_deg")
+            "box_share", *KEYPOINTS, "angle_deg", "opening_deg", "length_share", "distance_m", "asset")
 
 # %% ../../nbs/13a_counts.ipynb #c008
+def _length_share(points: np.ndarray, image: dict) -> float:
+    xy = points[np.nan_to_num(points[:, 2]) > 0, :2]
+    if len(xy) < 2: return np.nan
+    return float(np.linalg.norm(xy[:, None] - xy, axis=-1).max() / min(image["width"], image["height"]))
+
+# %% ../../nbs/13a_counts.ipynb #c009
 def _row(annotation: dict, image: dict) -> tuple:
     points = np.reshape(annotation.get("keypoints") or [np.nan] * 3 * len(KEYPOINTS), (-1, 3))
     x, y = points[TIP, :2] - points[HANDLE, :2] if points[[TIP, HANDLE], 2].all() else (np.nan, np.nan)
@@ -34,9 +41,14 @@ def _row(annotation: dict, image: dict) -> tuple:
     share = width * height / (image["width"] * image["height"])
     return (annotation["id"], image["id"], class_name(annotation["category_id"]),
             image.get("strategy", "unknown"), image.get("split", "all"), width, height, share,
-            *points[:, 2], float(np.degrees(np.arctan2(-y, x)) % 360), annotation.get("opening_deg", np.nan))
+            *points[:, 2], float(np.degrees(np.arctan2(-y, x)) % 360), annotation.get("opening_deg", np.nan),
+            _length_share(points, image), _distance_m(annotation), annotation.get("asset"))
 
-# %% ../../nbs/13a_counts.ipynb #c009
+def _distance_m(annotation: dict) -> float:
+    pose = annotation.get("T_cam_tool")
+    return float(np.linalg.norm(np.asarray(pose, float)[:3, 3])) if pose else np.nan
+
+# %% ../../nbs/13a_counts.ipynb #c010
 def annotation_table(
     coco: dict,  # COCO keypoints, boxes in px
 ) -> pd.DataFrame:  # image, class, strategy, split, box in px and as a share, visibility, degrees
@@ -45,7 +57,7 @@ def annotation_table(
     images = {im["id"]: im for im in coco["images"]}
     return pd.DataFrame([_row(a, images[a["image_id"]]) for a in coco["annotations"]], columns=list(_COLUMNS))
 
-# %% ../../nbs/13a_counts.ipynb #c013
+# %% ../../nbs/13a_counts.ipynb #c014
 def _summary(table: pd.DataFrame, images: list[dict]) -> dict[str, float]:
     part = table[table.image_id.isin([im["id"] for im in images])]
     points = part[list(KEYPOINTS)].dropna().to_numpy()
@@ -57,9 +69,11 @@ def _summary(table: pd.DataFrame, images: list[dict]) -> dict[str, float]:
             "tools per image": len(part) / len(images) if images else np.nan,
             **{f"keypoints {name}, %": value for name, value in share.items()},
             "median box, % of the image": 100 * part.box_share.median(),
-            "median opening, degrees": part.opening_deg.astype(float).median()}
+            "median opening, degrees": part.opening_deg.astype(float).median(),
+            "median length, % of the shorter side": 100 * part.length_share.median(),
+            "median distance, cm": 100 * part.distance_m.median()}
 
-# %% ../../nbs/13a_counts.ipynb #c014
+# %% ../../nbs/13a_counts.ipynb #c015
 def summary_table(
     coco: dict,
 ) -> pd.DataFrame:  # a row per quantity, a column per split and one for all
@@ -74,42 +88,95 @@ def summary_table(
             for name, part in sums.items()}
     return pd.DataFrame(tidy, index=list(sums["all"]), dtype=object)
 
-# %% ../../nbs/13a_counts.ipynb #c018
+# %% ../../nbs/13a_counts.ipynb #c019
+def group_of(
+    image: dict,  # of COCO
+) -> tuple:  # the field and its value: sequence, scene or video; the image itself where there is none
+    "Name what an image was drawn together with."
+    return next(((k, image[k]) for k in ("sequence", "scene", "video") if image.get(k) is not None), ("id", image["id"]))
+
+# %% ../../nbs/13a_counts.ipynb #c022
 def mix_counts(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight; None where nobody knows
-) -> tuple[dict[str, int], dict[str, float]]:  # images per strategy; asked shares, adding up to 1
-    "Count images per strategy, the asked ones first."
+) -> tuple[dict[str, int], dict[str, float]]:  # draws per strategy; asked shares, adding up to 1
+    "Count scenes or sequences per strategy, the asked ones first."
+    draws = {group_of(im): im.get("strategy", "unknown") for im in coco["images"]}
+    return with_shares(draws.values(), asked)
+
+
+def with_shares(
+    drawn: Iterable,  # a name for every draw
+    asked: Mapping[Any, float] | None = None,  # name -> weight
+) -> tuple[dict[str, int], dict[str, float]]:  # how often each came; asked shares, adding up to 1
+    "Count what was drawn, the asked names first."
     total = sum((asked or {}).values())
     shares = {str(k): w / total for k, w in asked.items()} if total else {}
-    counts = Counter(im.get("strategy", "unknown") for im in coco["images"])
+    counts = Counter(map(str, drawn))
     return {k: counts[k] for k in [*shares, *sorted(set(counts) - set(shares))]}, shares
 
-# %% ../../nbs/13a_counts.ipynb #c020
+# %% ../../nbs/13a_counts.ipynb #c026
+def mix_table(
+    counts: Mapping[str, int],
+    shares: Mapping[str, float],  # asked, adding up to 1; empty where nobody knows
+) -> pd.DataFrame:  # a row per name; shares in %, numbers of draws
+    "Lay out what came beside what was to be expected."
+    import pandas as pd
+    from scipy.stats import binom
+    n, rows = sum(counts.values()), {}
+    for name, got in counts.items():
+        share = shares.get(name, 0.0 if shares else np.nan)
+        low, high = binom.ppf((0.025, 0.975), n, share) if shares and n else (np.nan, np.nan)
+        rows[name] = {"asked, %": 100 * share, "expected": n * share, "got": got,
+                      "got, %": 100 * got / n if n else np.nan, "chance from": low, "chance to": high}
+    columns = ("asked, %", "expected", "got", "got, %", "chance from", "chance to")
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+
+# %% ../../nbs/13a_counts.ipynb #c030
+def chance_of(
+    got: np.ndarray,  # (N,) draws
+    shares: np.ndarray,  # (N,) asked, above 0, adding up to 1
+) -> tuple[float, str]:  # probability to be as far off by chance; how it was found
+    "Tell how likely chance alone is as far from the asked shares."
+    from scipy.stats import chisquare
+    n = got.sum()
+    if n * shares.min() >= 5: return float(chisquare(got, n * shares).pvalue), "chi-square"
+    draws = np.random.default_rng(0).multinomial(n, shares, 20_000)
+    off = ((np.vstack([got, draws]) - n * shares) ** 2 / (n * shares)).sum(1)
+    return float((off >= off[0] - 1e-9).mean()), "simulated"
+
+# %% ../../nbs/13a_counts.ipynb #c033
+def say_mix(
+    counts: Mapping[str, int],
+    shares: Mapping[str, float],  # asked, adding up to 1; empty where nobody knows
+    what: str = "images",  # what was drawn
+) -> str:  # one sentence
+    "Say whether names came out as asked."
+    n = sum(counts.values())
+    if not n: return f"There are no {what}, so there is no mix to judge."
+    parts = [f"{k} {v}" + (f" ({n * shares[k]:.1f} expected)" if k in shares else "") for k, v in counts.items()]
+    said = f"Of {n} {what}, {', '.join(parts)}"
+    stray, live = [k for k in counts if counts[k] and not shares.get(k)], [k for k in shares if shares[k]]
+    if not shares: return f"{said}; what was asked for is not known."
+    if stray: return f"{said}; nobody asked for {', '.join(stray)}."
+    if len(live) < 2: return f"{said}: the one asked for."
+    p, how = chance_of(np.array([counts[k] for k in live]), np.array([shares[k] for k in live]))
+    reach = max(196 * np.sqrt(shares[k] * (1 - shares[k]) / n) for k in live)
+    if p < 0.01: return f"{said}: not the mix that was asked for ({how} p = {p:.1g})."
+    return (f"{said}: no further off than by chance ({how} p = {p:.2f}), which moves a share of {n} {what} by up to "
+            f"{reach:.0f} points.")
+
+
 def mix_verdict(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
 ) -> str:  # one sentence
     "Say whether the strategies came out as asked."
     counts, shares = mix_counts(coco, asked)
-    n = sum(counts.values())
-    if not n: return "There are no images, so there is no mix to judge."
-    parts = [f"{k} {v / n:.0%}" + (f" (asked {shares[k]:.0%})" if k in shares else "")
-             for k, v in counts.items()]
-    said = f"Of {n} images, {', '.join(parts)}"
-    stray, live = [k for k in counts if counts[k] and not shares.get(k)], [k for k in shares if shares[k]]
-    if not shares: return f"{said}; what was asked for is not known."
-    if stray: return f"{said}; nobody asked for {', '.join(stray)}."
-    if len(live) < 2: return f"{said}: the one strategy asked for."
-    if min(n * shares[k] for k in live) < 5:
-        worst = max(abs(counts[k] / n - shares[k]) for k in live)
-        return f"{said}; up to {100 * worst:.0f} points off, with too few images to judge."
-    from scipy.stats import chisquare
-    p = chisquare([counts[k] for k in live], [n * shares[k] for k in live]).pvalue
-    if p < 0.01: return f"{said}: not the mix that was asked for (chi-square p = {p:.1g})."
-    return f"{said}: no further off than by chance (chi-square p = {p:.2f})."
+    kinds = {group_of(im)[0] for im in coco["images"]} if sum(counts.values()) < len(coco["images"]) else {"id"}
+    return say_mix(counts, shares, {"scene": "scenes", "sequence": "sequences"}.get(min(kinds), "images"))
 
-# %% ../../nbs/13a_counts.ipynb #c024
+# %% ../../nbs/13a_counts.ipynb #c037
 def asked_mix(
     folder: Path | str,  # a dataset folder
 ) -> dict[str, float] | None:  # strategy -> weight; None where nothing tells
@@ -118,14 +185,64 @@ def asked_mix(
     config = (read_json(path).get("config") or {}) if path.is_file() else {}
     return (config.get("render") or config).get("strategy_mix")
 
-# %% ../../nbs/13a_counts.ipynb #c027
+# %% ../../nbs/13a_counts.ipynb #c040
+def split_members(
+    coco: dict,
+) -> dict[str, dict[str, set]]:  # scenes and tools -> split -> who lies in it
+    "Collect the scenes and the tools of every split."
+    splits = {im["id"]: im.get("split", "all") for im in coco["images"]}
+    found: dict[str, dict[str, set]] = {k: {s: set() for s in sorted(set(splits.values()))} for k in ("scenes", "tools")}
+    for im in coco["images"]: found["scenes"][splits[im["id"]]].add(group_of(im))
+    for a in coco["annotations"]:
+        if a.get("asset"): found["tools"][splits[a["image_id"]]].add(a["asset"])
+    return found
+
+# %% ../../nbs/13a_counts.ipynb #c042
+def in_two_splits(
+    coco: dict,
+) -> dict[str, set]:  # scenes and tools -> those that lie in more than one split
+    "Find what splits share."
+    counted = {kind: Counter(n for names in parts.values() for n in names) for kind, parts in split_members(coco).items()}
+    return {kind: {name for name, times in c.items() if times > 1} for kind, c in counted.items()}
+
+
+def split_table(
+    coco: dict,
+) -> pd.DataFrame:  # a row per split
+    "Count images and annotations, scenes and tools of every split, and what it shares with others."
+    import pandas as pd
+    members, shared = split_members(coco), in_two_splits(coco)
+    splits = {im["id"]: im.get("split", "all") for im in coco["images"]}
+    sizes, rows = (Counter(splits.values()), Counter(splits[a["image_id"]] for a in coco["annotations"])), {}
+    for split in members["scenes"]:
+        own = {kind: parts[split] for kind, parts in members.items()}
+        rows[split] = {"images": sizes[0][split], "annotations": sizes[1][split], "scenes": len(own["scenes"]),
+                       "scenes of other splits": len(own["scenes"] & shared["scenes"]),
+                       "different tools": len(own["tools"]), "tools of other splits": len(own["tools"] & shared["tools"])}
+    return pd.DataFrame(rows).T
+
+# %% ../../nbs/13a_counts.ipynb #c045
+def say_splits(
+    coco: dict,
+) -> str:  # one or two sentences
+    "Say whether splits are apart."
+    members, shared = split_members(coco), in_two_splits(coco)
+    if len(members["scenes"]) < 2: return "There is one split, so nothing can lie in two."
+    said = ", ".join(f"{len(names)} in {split}" for split, names in members["scenes"].items())
+    scenes, tools = (len(shared[k]) for k in ("scenes", "tools"))
+    first = f"{scenes} scenes lie in two splits: scores on validation will flatter" if scenes else "No scene lies in two splits"
+    if not any(members["tools"].values()): return f"{first} ({said})."
+    held = f"{tools} tools are in more than one" if tools else "and no tool does"
+    return f"{first} ({said}), {held} ({', '.join(f'{len(v)} in {k}' for k, v in members['tools'].items())})."
+
+# %% ../../nbs/13a_counts.ipynb #c049
 def _say_visibility(table: pd.DataFrame) -> str:
     seen = (table[list(KEYPOINTS)].dropna() == 2).mean()
     if not seen.notna().any(): return "No keypoint is labelled."
     best, worst = seen.idxmax(), seen.idxmin()
     return f"{best} is seen most often ({seen[best]:.0%} of the tools), {worst} least ({seen[worst]:.0%})."
 
-# %% ../../nbs/13a_counts.ipynb #c028
+# %% ../../nbs/13a_counts.ipynb #c050
 def _say_places(coco: dict) -> str:
     sizes = {im["id"]: (im["width"], im["height"]) for im in coco["images"]}
     tips = [np.divide(a["keypoints"][:2], sizes[a["image_id"]]) for a in coco["annotations"]
@@ -134,14 +251,30 @@ def _say_places(coco: dict) -> str:
     cells = np.histogram2d(*np.transpose(tips), 4, ((0, 1), (0, 1)))[0]
     return f"Of 4 x 4 fields of the image, {(cells > 0).sum()} hold a tip (n = {len(tips)})."
 
-# %% ../../nbs/13a_counts.ipynb #c029
+# %% ../../nbs/13a_counts.ipynb #c051
 def _say_angles(table: pd.DataFrame) -> str:
     counts = np.histogram(table.angle_deg.dropna(), np.arange(0, 361, 45))[0]
     if not counts.sum(): return "No tool shows both of its ends."
     low, high = counts.min() / counts.sum(), counts.max() / counts.sum()
     return f"Each eighth of the circle holds {low:.0%} to {high:.0%} of the directions (n = {counts.sum()})."
 
-# %% ../../nbs/13a_counts.ipynb #c030
+# %% ../../nbs/13a_counts.ipynb #c052
+def _say_opening(table: pd.DataFrame) -> str:
+    degrees = table.opening_deg.dropna().astype(float)
+    if not len(degrees): return "No opening is known."
+    return (f"From {degrees.min():.0f} to {degrees.max():.0f} degrees, half of the tools below {degrees.median():.0f}; "
+            f"{(degrees < 0.5).mean():.0%} are closed (n = {len(degrees)}).")
+
+# %% ../../nbs/13a_counts.ipynb #c053
+def _say_distance(table: pd.DataFrame) -> str:
+    cm, share = 100 * table.distance_m.dropna(), 100 * table.length_share.dropna()
+    if not len(share): return "No tool shows two of its keypoints."
+    low, high = np.percentile(share, (10, 90))
+    said = f"Eight of ten tools span {low:.0f} to {high:.0f} % of the image's shorter side"
+    if not len(cm): return f"{said}; how far away they are is not known."
+    return f"{said}, from {cm.min():.0f} to {cm.max():.0f} cm away (median {cm.median():.0f}, n = {len(cm)})."
+
+# %% ../../nbs/13a_counts.ipynb #c054
 def findings(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
@@ -149,20 +282,17 @@ def findings(
     "Say in words what each figure of `data.stats` shows."
     table = annotation_table(coco)
     per_image = Counter(a["image_id"] for a in coco["annotations"])
-    degrees = table.opening_deg.dropna().astype(float)
     said = dict(mix=mix_verdict(coco, asked), visibility=_say_visibility(table), heatmap=_say_places(coco),
                 angles=_say_angles(table), tools="There is no tool.", box_sizes="There is no box.",
-                opening="No opening is known.")
+                opening=_say_opening(table), distance=_say_distance(table), splits=say_splits(coco))
     if len(table):
         few, many = np.percentile(table.box_share * 100, (10, 90))
         bare = len(coco["images"]) - len(per_image)
         said["tools"] = f"At most {max(per_image.values())} tools in an image; {bare} images have none."
         said["box_sizes"] = f"Eight of ten boxes take {few:.0f} to {many:.0f} % of their image."
-    if len(degrees): said["opening"] = (f"From {degrees.min():.0f} to {degrees.max():.0f} degrees, "
-                                        f"half of the tools below {degrees.median():.0f}.")
     return said
 
-# %% ../../nbs/13a_counts.ipynb #c033
+# %% ../../nbs/13a_counts.ipynb #c057
 def dataset_verdict(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
@@ -176,7 +306,5 @@ def dataset_verdict(
              + " and ".join(f"{share:.0%} {name}" for name, share in shares.items()) + "."]
     if shares[rare] < 0.2: parts.append(f"Few are {rare}: expect it to be learned worse.")
     parts.append(f"Keypoints: {_say_visibility(table)}")
-    if all("scene" in im and "split" in im for im in images):
-        scenes = ", ".join(f"{v} in {k}" for k, v in sorted(check_splits(coco).items()))
-        parts.append(f"No scene lies in two splits ({scenes}).")
+    parts.append(say_splits(coco))
     return " ".join([*parts, mix_verdict(coco, asked)])

@@ -88,9 +88,10 @@ def draw_skeleton(
     xy_px: np.ndarray,  # (5, 2)
     states: np.ndarray,  # (5,) 2 seen, 1 hidden, 0 not drawn
     colour: str = CLASS_COLOURS[0],  # of the bones
+    weight: float = 1.0,  # factor on all widths
 ) -> None:
     "Draw one tool's bones and keypoints, in place."
-    unit = stroke_px(image_bgr)
+    unit = weight * stroke_px(image_bgr)
     bones = [(a - 1, b - 1) for a, b in SKELETON if states[a - 1] and states[b - 1]]
     widths = [unit * (1.5 if min(states[a], states[b]) == 2 else 0.7) for a, b in bones]
     for ink, extra in ((_SEAM, 2 * max(1, round(unit / 2))), (bgr(colour), 0)):
@@ -180,16 +181,17 @@ def text_strip(
 # %% ../../nbs/14_draw.ipynb #c039
 def legend_strip(
     width: int,  # px
+    more: Sequence[tuple[str, np.ndarray]] = (),  # further names, each with an icon (22, 22, 3)
 ) -> np.ndarray:  # (H, width, 3)
     "Say which colour is which keypoint, and what discs and rings mean."
     entries = [(name, colour, True) for name, colour in zip(KEYPOINTS, KEYPOINT_COLOURS, strict=True)]
-    entries += [("seen", "#888888", True), ("hidden", "#888888", False)]
-    columns = min(len(entries), max(1, width // 105))
-    cells = []
-    for name, colour, seen in entries:
-        cell = cv2.hconcat([np.full((22, 18, 3), 255, np.uint8), text_strip(name, width // columns - 18, 22)])
-        draw_point(cell, (11, 11), 4.5 if seen else 4, colour, seen)
-        cells.append(cell)
+    icons = []
+    for name, colour, seen in [*entries, ("seen", "#888888", True), ("hidden", "#888888", False)]:
+        icons.append((name, np.full((22, 22, 3), 255, np.uint8)))
+        draw_point(icons[-1][1], (11, 11), 4.5 if seen else 4, colour, seen)
+    icons += more
+    columns = min(len(icons), max(1, width // 115))
+    cells = [cv2.hconcat([icon, text_strip(name, width // columns - 22, 22)]) for name, icon in icons]
     return _grid(cells, columns, width)
 
 # %% ../../nbs/14_draw.ipynb #c042

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['CYCLE', 'figure_html', 'show_html', 'style', 'new_figure', 'show_fig', 'show_table']
+__all__ = ['CYCLE', 'STRATEGY_COLOURS', 'figure_html', 'show_html', 'strategy_colour', 'style', 'new_figure', 'show_fig',
+           'show_table']
 
 # %% ../../nbs/14a_show.ipynb #c005
 def figure_html(
@@ -47,7 +48,16 @@ def show_html(
 # %% ../../nbs/14a_show.ipynb #c009
 CYCLE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")  # Okabe, Ito; no yellow
 
-# %% ../../nbs/14a_show.ipynb #c010
+# %% ../../nbs/14a_show.ipynb #c011
+STRATEGY_COLOURS = {"studio": "#332288", "hdri": "#44AA99", "composite": "#DDCC77", "theatre": "#882255"}
+
+def strategy_colour(
+    name: str,  # a strategy, or a family of one, like "theatre: trainer"
+) -> str:  # like #332288; grey for a name nobody has met
+    "Tell the colour of a strategy."
+    return STRATEGY_COLOURS.get(name.split(":")[0], "#777777")
+
+# %% ../../nbs/14a_show.ipynb #c016
 @contextmanager
 def style() -> Iterator[None]:
     "Give figures made inside, or by the decorated function, the project's look."
@@ -60,7 +70,7 @@ def style() -> Iterator[None]:
             "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "image.cmap": "viridis"}
     with mpl.rc_context(look): yield
 
-# %% ../../nbs/14a_show.ipynb #c012
+# %% ../../nbs/14a_show.ipynb #c018
 def new_figure(
     rows: int = 1,
     columns: int = 1,
@@ -75,7 +85,7 @@ def new_figure(
         fig = Figure(figsize=(width_in, height_in), layout="constrained")
         return fig, fig.subplots(rows, columns, **subplot_options)
 
-# %% ../../nbs/14a_show.ipynb #c014
+# %% ../../nbs/14a_show.ipynb #c020
 def show_fig(
     fig: Figure,
     *,
@@ -89,7 +99,7 @@ def show_fig(
     plt.close(fig)
     show_html(figure_html(buffer.getvalue(), "image/png", alt=alt, caption=caption), f"{caption} [{alt}]")
 
-# %% ../../nbs/14a_show.ipynb #c018
+# %% ../../nbs/14a_show.ipynb #c024
 def show_table(
     df: pd.DataFrame,
     caption: str,
