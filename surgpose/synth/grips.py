@@ -5,38 +5,185 @@
 # %% ../../nbs/21j_grips.ipynb #c002
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from ..geometry import rigid, transform
-from ..schema import HANDLE, HINGE, TIP
-from .hands import hand_capsules, transform_capsules
+from ..schema import HANDLE
+from .gloves import sample_hand_look as sample_hand_look
+from .hands import BASES_M, RADII_M, capsule_distance, hand_capsules, reach, relaxed, transform_capsules
 from .parts import Occluder, ToolPlacement
 from .placing import turned
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['GLOVES', 'GRIPS', 'sample_hand_look', 'grip', 'free_hand']
+__all__ = ['HOLDS', 'GRIPS', 'FIRST_STYLE', 'PALM_BONES', 'Hold', 'hold_rings', 'hold_in_palm', 'hold_as_pencil',
+           'hold_from_above', 'settle', 'grip', 'free_hand']
 
 # %% ../../nbs/21j_grips.ipynb #c005
-GLOVES = {"train": ((0.82, 0.80, 0.76), (0.84, 0.78, 0.66), (0.35, 0.52, 0.75), (0.35, 0.6, 0.5), (0.06, 0.06, 0.07)),
-          "val": ((0.80, 0.78, 0.72), (0.5, 0.4, 0.62)), "test": ((0.85, 0.82, 0.74), (0.75, 0.45, 0.5))}
+@dataclass(frozen=True, eq=False)
+class Hold:
+    "A way to hold a tool, in the tool's frame; lengths in metres, angles in radians."
+    ends_m: np.ndarray  # (5, 3) where the ends of index, middle, ring, little finger and thumb are
+    weights: np.ndarray  # (5,) how much each of them matters
+    R_tool_hand: np.ndarray  # (3, 3) rough guess
+    spot_hand_m: np.ndarray  # (3,) this point of the hand ...
+    spot_tool_m: np.ndarray  # (3,) ... is about there
+    turns: tuple[float, float, float]  # how far the guess may be off about x, y, z
+    shifts_m: tuple[float, float, float]  # and along them
 
-def sample_hand_look(
-    rng: np.random.Generator,
-    split: str,  # train, val or test: no colour is shared
-    *,
-    family: str = "",  # of a theatre, which has its own customs; "" is anywhere
-) -> dict[str, Any]:  # colour, roughness, shape and material of an Occluder
-    "Draw what both hands of a person look like."
-    colour = np.array(GLOVES[split][rng.integers(len(GLOVES[split]))]) * rng.uniform(0.9, 1.05, 1)
-    return dict(colour=tuple(np.clip(colour, 0.01, 0.95).round(4).tolist()), roughness=round(float(rng.uniform(0.3, 0.65)), 3),
-                shape={}, material={})
+# %% ../../nbs/21j_grips.ipynb #c007
+def _ring(tool_m: np.ndarray, end_x_m: float, side: int) -> np.ndarray:
+    mine = tool_m[(tool_m[:, 0] < 0.84 * end_x_m) & (side * tool_m[:, 1] > 0)]
+    return (mine.min(0) + mine.max(0)) / 2 if len(mine) > 8 else np.array([0.88 * end_x_m, 0.018 * side, 0])
 
 # %% ../../nbs/21j_grips.ipynb #c008
-GRIPS = {"needle_holder": ("rings", "palm"), "tweezers": ("pencil", "above")}
+def hold_rings(
+    rng: np.random.Generator,
+    tool_m: np.ndarray,  # (V, 3) vertices of a needle holder
+    end_x_m: float,  # where the handle ends, below 0
+    radii_m: np.ndarray,  # (5,) of the fingers' ends
+) -> Hold:
+    "Put thumb and ring finger into the rings."
+    a, b = _ring(tool_m, end_x_m, 1), _ring(tool_m, end_x_m, -1)
+    share = rng.uniform(0.15, 0.5)
+    index = [share * end_x_m, np.interp(share, (0.1, 0.9), (0, b[1])) - 0.003, 0.002 + radii_m[0]]
+    deep = rng.uniform(0.006, 0.014)
+    ends = np.array([index, b + [0.020, -0.004, -0.008], b + [-0.004, 0, -deep - 0.004], b + [-0.019, -0.013, -0.010],
+                     a + [0.004, 0, -deep]])
+    return Hold(ends, np.array([1, 0.5, 1, 0.1, 1]), turned(0.3, 0.5, -0.5), BASES_M[1:3].mean(0),
+                (a + b) / 2 + [-0.012, -0.012, 0.045], (0.5, 0.4, 0.5), (0.020, 0.018, 0.015))
 
+# %% ../../nbs/21j_grips.ipynb #c009
+def hold_in_palm(
+    rng: np.random.Generator,
+    tool_m: np.ndarray,  # (V, 3) vertices of a needle holder
+    end_x_m: float,  # where the handle ends, below 0
+    radii_m: np.ndarray,  # (5,) of the fingers' ends
+) -> Hold:
+    "Lay the rings into the palm."
+    a, b = _ring(tool_m, end_x_m, 1), _ring(tool_m, end_x_m, -1)
+    index = [rng.uniform(0.08, 0.35) * end_x_m, -0.004, 0.002 + radii_m[0]]
+    shank = rng.uniform(0.3, 0.6)
+    thumb = [shank * end_x_m, np.interp(shank, (0.1, 0.9), (0, a[1])) + 0.003 + radii_m[4], 0.003]
+    ends = np.array([index, b + [0.014, 0.004, -0.012], b + [-0.002, 0.006, -0.014], b + [-0.016, 0.002, -0.012], thumb])
+    return Hold(ends, np.array([1, 0.4, 0.4, 0.2, 1]), turned(0.1, 0.15, -0.35), np.array([0.060, 0, -0.030]),
+                (a + b) / 2 + [0.004, 0, 0.004], (0.4, 0.3, 0.5), (0.020, 0.012, 0.010))
+
+# %% ../../nbs/21j_grips.ipynb #c011
+def _arms(tool_m: np.ndarray) -> tuple[float, float]:
+    near = tool_m[np.abs(tool_m[:, 0]) < 0.05 * np.ptp(tool_m[:, 0])]
+    return float(np.abs(near[:, 1]).max()), float(np.abs(near[:, 2]).max())
+
+# %% ../../nbs/21j_grips.ipynb #c012
+def _pinch(rng: np.random.Generator, tool_m: np.ndarray, radii_m: np.ndarray) -> np.ndarray:
+    (wide, high), fore = _arms(tool_m), rng.uniform(-0.006, 0.010)
+    index = np.array([fore + 0.005, -wide - 0.85 * radii_m[0], 0.001])
+    thumb = np.array([fore - 0.007, wide + 0.85 * radii_m[4], 0.001])
+    middle = [fore + 0.010, -rng.uniform(0.3, 1.0) * (wide + radii_m[1]), -high - 0.8 * radii_m[1]]
+    return np.array([index, middle, middle + np.array([-0.006, -0.006, -0.016]), middle + np.array([-0.018, -0.012, -0.030]), thumb])
+
+# %% ../../nbs/21j_grips.ipynb #c013
+def hold_as_pencil(
+    rng: np.random.Generator,
+    tool_m: np.ndarray,  # (V, 3) vertices of tweezers
+    end_x_m: float,  # where the handle ends, below 0
+    radii_m: np.ndarray,  # (5,) of the fingers' ends
+) -> Hold:
+    "Hold it as one holds a pencil."
+    guess = np.array([[0.86, 0.30], [-0.06, 0.74], [-0.51, 0.42]])  # the tool's x and z, seen from the hand
+    x, z = np.linalg.qr(guess)[0].T * np.array([[-1], [-1]])
+    return Hold(_pinch(rng, tool_m, radii_m), np.array([1, 1, 0.3, 0.1, 1]), np.stack([x, np.cross(z, x), z]),
+                np.array([0.122, 0.027, -0.040]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.008, 0.008))
+
+# %% ../../nbs/21j_grips.ipynb #c014
+def hold_from_above(
+    rng: np.random.Generator,
+    tool_m: np.ndarray,  # (V, 3) vertices of tweezers
+    end_x_m: float,  # where the handle ends, below 0
+    radii_m: np.ndarray,  # (5,) of the fingers' ends
+) -> Hold:
+    "Hold it under the palm."
+    guess = np.array([[0.95, 0.10], [0.02, 0.25], [-0.30, 0.96]])
+    x, z = np.linalg.qr(guess)[0].T * np.array([[-1], [1]])
+    ends = _pinch(rng, tool_m, radii_m)
+    ends[1:4] = ends[0] + np.array([[0.006, -0.004, -0.014], [-0.006, -0.012, -0.019], [-0.022, -0.020, -0.019]])
+    return Hold(ends, np.array([1, 1, 0.3, 0.1, 1]), np.stack([x, np.cross(z, x), z]),
+                np.array([0.116, 0.038, -0.052]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.010, 0.010))
+
+# %% ../../nbs/21j_grips.ipynb #c015
+HOLDS = {"needle_holder": {"rings": hold_rings, "palm": hold_in_palm},
+         "tweezers": {"pencil": hold_as_pencil, "above": hold_from_above}}
+GRIPS = {name: tuple(styles) for name, styles in HOLDS.items()}
+FIRST_STYLE = 0.72  # share of the first of them
+
+# %% ../../nbs/21j_grips.ipynb #c018
+def _outside(value: np.ndarray, low: float, high: float, unit: float) -> np.ndarray:
+    return (np.clip(low - value, 0, None) + np.clip(value - high, 0, None)) ** 2 / unit**2
+
+# %% ../../nbs/21j_grips.ipynb #c019
+def _strain(finger: int, joints_m: np.ndarray, bend: np.ndarray) -> np.ndarray:
+    first = joints_m[:, 1] - joints_m[:, 0]
+    first = first / np.linalg.norm(first, axis=1, keepdims=True)
+    side, bend = np.degrees(np.arcsin(np.clip(first[:, 1], -1, 1))), np.degrees(bend)
+    if finger == 4:
+        down = np.degrees(np.arcsin(np.clip(-first[:, 2], -1, 1)))
+        return _outside(bend, 3, 55, 8) + _outside(side, 0, 50, 8) + _outside(down, -10, 50, 8)
+    down = np.degrees(np.arctan2(-first[:, 2], first[:, 0]))
+    return _outside(down, -15, 75, 10) + _outside(side, -6 * finger, 18 - 7 * finger, 6) + _outside(bend, 12, 90, 12)
+
+# %% ../../nbs/21j_grips.ipynb #c020
+PALM_BONES = hand_capsules(relaxed(np.random.default_rng(0)))[:5]
+
+def _judge(
+    hold: Hold, R: np.ndarray, t: np.ndarray, size: float, solid_m: np.ndarray, up: np.ndarray, elbow: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    ends_hand = (hold.ends_m - t[:, None]) @ R / size
+    cost, joints = 0.0, []
+    for finger in range(5):
+        points, bend, short = reach(ends_hand[:, finger], finger)
+        cost = cost + hold.weights[finger] * (short / 0.003) ** 2 + _strain(finger, points, bend)
+        joints.append(points)
+    clear = capsule_distance((solid_m - t[:, None]) @ R / size, PALM_BONES).min(1)
+    back, top = -R[:, :, 0], R[:, :, 2]
+    astray = np.degrees(np.arccos(np.clip(back @ elbow, -1, 1)))
+    over = np.degrees(np.arcsin(np.clip(top @ up, -1, 1)))
+    return cost + _outside(clear, 0, 1, 0.004) + _outside(astray, 0, 30, 12) + _outside(over, 5, 90, 15), np.stack(joints, 1)
+
+# %% ../../nbs/21j_grips.ipynb #c022
+def settle(
+    rng: np.random.Generator,
+    hold: Hold,
+    solid_m: np.ndarray,  # (P, 3) tool frame, points of the tool that the palm must not swallow
+    *,
+    size: float,  # of the hand, 1 is 19 cm
+    up: np.ndarray,  # (3,) tool frame, what is up in the world
+    elbow: np.ndarray,  # (3,) tool frame, direction to the elbow
+) -> tuple[np.ndarray, np.ndarray, float]:  # (4, 4) T_tool_hand; (5, 4, 3) joints in the hand's frame, size 1; cost
+    "Find the most comfortable pose for a hold."
+    R, t, best = hold.R_tool_hand, hold.spot_tool_m - size * hold.R_tool_hand @ hold.spot_hand_m, None
+    for count, narrow in ((200, 1.0), (100, 0.3)):
+        Rs = Rotation.from_euler("xyz", narrow * rng.normal(0, 1, (count, 3)) * hold.turns).as_matrix() @ R
+        spot = R @ hold.spot_hand_m * size + t
+        ts = spot + narrow * rng.normal(0, 1, (count, 3)) * hold.shifts_m - size * Rs @ hold.spot_hand_m
+        if best: Rs[0], ts[0] = R, t
+        cost, joints = _judge(hold, Rs, ts, size, solid_m, up, elbow)
+        i = int(np.argmin(cost))
+        R, t, best = Rs[i], ts[i], (joints[i], float(cost[i]))
+    return rigid(R, t), *best
+
+# %% ../../nbs/21j_grips.ipynb #c026
+def _towards(elbow_hand: np.ndarray, most_deg: float = 35.0) -> np.ndarray:
+    straight, e = np.array([-1.0, 0, 0]), elbow_hand / np.linalg.norm(elbow_hand)
+    if e @ straight >= np.cos(np.radians(most_deg)): return e
+    off = e - (e @ straight) * straight
+    off = off / (np.linalg.norm(off) + 1e-12)
+    return np.cos(np.radians(most_deg)) * straight + np.sin(np.radians(most_deg)) * off
+
+# %% ../../nbs/21j_grips.ipynb #c027
 def grip(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -46,20 +193,29 @@ def grip(
     look: dict[str, Any] | None = None,  # as `sample_hand_look` makes it; drawn when absent
     left: bool | None = None,  # a left hand; drawn when absent
     style: str | None = None,  # one of the class's GRIPS; drawn when absent
-    elbow_m: np.ndarray | None = None,  # (3,) world, where the forearm comes from; straight back from the tip when absent
+    elbow_m: np.ndarray | None = None,  # (3,) world, where the forearm comes from; back from the tip when absent
 ) -> Occluder:
     "Put a hand on a tool, its forearm pointing away from the tip."
-    tool = build_tool(placed.asset, placed.opening_deg)
-    share = rng.uniform(-0.15, 0.25) if placed.class_name == "tweezers" else rng.uniform(0.35, 0.85)
-    at = tool.keypoints_m[HINGE] * (1 - share) + tool.keypoints_m[HANDLE] * share
-    capsules, pinch = hand_capsules(rng, rng.uniform(0.6, 1.0), rng.uniform(0.85, 1.1))
-    R = turned(rng.normal(0, 0.4), rng.uniform(-0.3, 0.5), rng.choice([-1, 1]) * rng.uniform(0.2, 1.4))
-    if placed.T_world_tool[2, 2] < 0: R = turned(0, 0, np.pi) @ R  # the hand comes from above
-    T_tool_hand = rigid(R, at - R @ pinch)
-    skin = transform_capsules(placed.T_world_tool @ T_tool_hand, capsules)
-    return Occluder("hand", skin, 0.006, holds=holds, travel_m=placed.travel_m, **(look or sample_hand_look(rng, split)))
+    look, size = look or sample_hand_look(rng, split), float(rng.uniform(0.92, 1.06))
+    left = bool(rng.random() < 0.5) if left is None else left
+    styles = GRIPS[placed.class_name]
+    style = style or styles[int(rng.random() > FIRST_STYLE)]
+    tool, T_world_tool = build_tool(placed.asset, placed.opening_deg), placed.T_world_tool
+    over = -1.0 if T_world_tool[2, 2] < 0 else 1.0  # the hand comes from above
+    T_tool_hold = np.diag([1.0, over * (-1 if left else 1), over, 1])
+    R = T_tool_hold[:3, :3] @ T_world_tool[:3, :3].T  # from the world to the hold's frame
+    elbow = [-0.9, -0.4, 0] + R[:, 2] * rng.uniform(0, 0.3) if elbow_m is None else R @ (elbow_m - T_world_tool[:3, 3])
+    elbow = elbow / np.linalg.norm(elbow)
+    tool_m = transform(T_tool_hold, tool.mesh.vertices)
+    hold = HOLDS[placed.class_name][style](rng, tool_m, float(tool.keypoints_m[HANDLE, 0]), size * RADII_M[:, 3])
+    few = tool_m[:: max(1, len(tool_m) // 60)]
+    T_hold_hand, joints, _ = settle(rng, hold, few, size=size, up=R[:, 2], elbow=elbow)
+    own = size * hand_capsules(joints, _towards(T_hold_hand[:3, :3].T @ elbow))
+    capsules = transform_capsules(T_world_tool @ T_tool_hold @ T_hold_hand, own)
+    look = {**look, "shape": {**look["shape"], "left": left, "grip": style}}
+    return Occluder("hand", capsules, 0.006, holds=holds, travel_m=placed.travel_m, **look)
 
-# %% ../../nbs/21j_grips.ipynb #c012
+# %% ../../nbs/21j_grips.ipynb #c031
 def free_hand(
     rng: np.random.Generator,
     spot_m: np.ndarray,  # (3,) world, where a finger's end is
@@ -70,8 +226,13 @@ def free_hand(
     elbow_m: np.ndarray | None = None,  # (3,) world, where the forearm comes from; from anywhere when absent
 ) -> Occluder:
     "Reach in with a hand that holds nothing."
-    capsules, _ = hand_capsules(rng, rng.uniform(0, 1.1), rng.uniform(0.85, 1.1))
-    R = turned(rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.6), rng.normal(0, 0.5))
-    fingertip = capsules[rng.integers(7, 16), 3:6]
-    skin = transform_capsules(rigid(R, spot_m - R @ fingertip), capsules)
-    return Occluder("hand", skin, 0.006, **(look or sample_hand_look(rng, split)))
+    look, size = look or sample_hand_look(rng, split), float(rng.uniform(0.92, 1.06))
+    left = bool(rng.random() < 0.5) if left is None else left
+    yaw = rng.uniform(0, 2 * np.pi) if elbow_m is None else np.arctan2(*(spot_m - elbow_m)[1::-1]) + rng.normal(0, 0.2)
+    R = turned(yaw, rng.uniform(0, 0.6), rng.normal(0, 0.5))
+    joints = relaxed(rng, float(rng.uniform(0, 0.9)))
+    own = size * hand_capsules(joints, _towards(np.array([-1.0, *rng.normal(0, 0.25, 2)])))
+    if left: own[:, [1, 4]] *= -1
+    finger = own[[11, 14, 23][rng.integers(3)], 3:6]
+    look = {**look, "shape": {**look["shape"], "left": left, "grip": ""}}
+    return Occluder("hand", transform_capsules(rigid(R, spot_m - R @ finger), own), 0.006, **look)
