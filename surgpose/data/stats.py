@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .counts import (annotation_table, asked_mix, dataset_verdict, findings, mix_counts,
-                                  mix_verdict, summary_table)
-from .show import new_figure, style
+from .counts import (annotation_table, asked_mix, dataset_verdict, findings, mix_counts, mix_table,
+                                  mix_verdict, say_mix, say_splits, split_members, split_table, summary_table)
+from .show import new_figure, strategy_colour, style
 from ..schema import CLASS_COLOURS, CLASSES, KEYPOINT_COLOURS, KEYPOINTS
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['fig_mix', 'fig_visibility', 'fig_box_sizes', 'fig_heatmap', 'fig_opening', 'fig_angles', 'fig_tools',
-           'annotation_table', 'asked_mix', 'dataset_verdict', 'findings', 'mix_counts', 'mix_verdict', 'summary_table']
+__all__ = ['fig_shares', 'fig_mix', 'fig_visibility', 'fig_box_sizes', 'fig_heatmap', 'fig_opening', 'fig_angles', 'fig_distance',
+           'fig_tools', 'fig_splits', 'all_figures', 'annotation_table', 'asked_mix', 'dataset_verdict', 'findings',
+           'mix_counts', 'mix_table', 'mix_verdict', 'say_mix', 'say_splits', 'split_members', 'split_table',
+           'summary_table']
 
 # %% ../../nbs/13_stats.ipynb #c005
-_all_ = ["annotation_table", "asked_mix", "dataset_verdict", "findings", "mix_counts", "mix_verdict",
-         "summary_table"]
+_all_ = ["annotation_table", "asked_mix", "dataset_verdict", "findings", "mix_counts", "mix_table", "mix_verdict",
+         "say_mix", "say_splits", "split_members", "split_table", "summary_table"]
 _NAMES = tuple(name.replace("_", " ") for name in CLASSES)
 
 # %% ../../nbs/13_stats.ipynb #c008
@@ -37,26 +39,40 @@ def _nothing(ax: Axes, what: str) -> None:
 
 # %% ../../nbs/13_stats.ipynb #c010
 @style()
+def fig_shares(
+    table: pd.DataFrame,  # of `mix_table`
+    title: str,
+    what: str = "images",  # what was drawn
+) -> Figure:
+    "Show how often each name came beside what was asked for."
+    n = int(table.got.sum())
+    fig, ax = new_figure(height_in=1.35 + 0.42 * max(len(table), 1))
+    if not n: return _nothing(ax, what) or fig
+    names = [str(name) for name in table.index]
+    kin = [name.split(":")[0] for name in names]
+    hatches = [("", "///", "...")[kin[:i].count(k) % 3] for i, k in enumerate(kin)]  # families of one strategy
+    bars = ax.barh(names, table["got, %"], height=0.6, color=[strategy_colour(name) for name in names], hatch=hatches,
+                   edgecolor="white", label="_got")
+    ax.bar_label(bars, [f" {v}" for v in table.got], fontsize=9)
+    known = table["chance from"].notna().to_numpy()
+    if known.any():
+        at, low, high = (100 * table.loc[known, c].to_numpy(float) / n for c in ("expected", "chance from", "chance to"))
+        ax.errorbar(at, np.array(names)[known], xerr=np.maximum([at - low, high - at], 0), fmt="D", color="#111111", capsize=5,
+                    markersize=6, markerfacecolor="white", label="asked, with the range of chance (95 %)")
+        fig.legend(loc="outside lower center")
+    ax.invert_yaxis(); ax.grid(axis="y", visible=False); ax.set_xlim(0); ax.margins(x=0.08)
+    ax.set(xlabel=f"share of the {what}, %", title=f"{title} (n = {n} {what})")
+    return fig
+
+
 def fig_mix(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
 ) -> Figure:
     "Show the share of each strategy beside what was asked for."
     counts, shares = mix_counts(coco, asked)
-    n = sum(counts.values())
-    fig, ax = new_figure(height_in=1.3 + 0.42 * max(len(counts), 1))
-    if not n: return _nothing(ax, "images") or fig
-    ax.barh(list(counts), [100 * v / n for v in counts.values()], height=0.6, color="#56B4E9", label="got")
-    if wanted := [k for k in counts if k in shares]:
-        from scipy.stats import binom
-        share = np.array([shares[k] for k in wanted])
-        reach = np.abs(np.stack([binom.ppf(q, n, share) / n - share for q in (0.025, 0.975)]))
-        ax.errorbar(100 * share, wanted, xerr=100 * reach, fmt="d", color="#222222", capsize=5, markersize=7,
-                    label="asked, with the range of chance (95 %)")
-    ax.invert_yaxis(); ax.grid(axis="y", visible=False); ax.set_xlim(0)
-    ax.set(xlabel="share of the images, %", title=f"Strategies (n = {n} images)")
-    fig.legend(loc="outside lower center", ncols=2)
-    return fig
+    one = sum(counts.values()) == len(coco["images"])
+    return fig_shares(mix_table(counts, shares), "Strategies", "images" if one else "scenes")
 
 # %% ../../nbs/13_stats.ipynb #c013
 @style()
@@ -113,6 +129,7 @@ def fig_heatmap(
     coco: dict,
 ) -> Figure:
     "Show where in the image each keypoint lies, hidden ones included."
+    from matplotlib.colors import LinearSegmentedColormap
     sizes = {im["id"]: (im["width"], im["height"]) for im in coco["images"]}
     rows = [(np.reshape(a["keypoints"], (-1, 3)), sizes[a["image_id"]]) for a in coco["annotations"]
             if a.get("keypoints")]
@@ -123,7 +140,9 @@ def fig_heatmap(
         if not len(xy): _nothing(ax, name); continue
         columns = int(np.clip(np.sqrt(len(xy)), 6, 32))
         counts, *_ = np.histogram2d(*xy.T[::-1], (max(2, round(columns * aspect)), columns), ((0, 1), (0, 1)))
-        ax.imshow(counts, extent=(0, 1, aspect, 0), aspect="equal", vmin=0)
+        ramp = LinearSegmentedColormap.from_list(name, ["#FFFFFF", KEYPOINT_COLOURS[k], "#000000"])
+        ax.imshow(counts, extent=(0, 1, aspect, 0), aspect="equal", vmin=0, cmap=ramp)
+        for side in ax.spines.values(): side.set_visible(True)
         ax.set(title=f"{name}\nn = {len(xy)}, peak {counts.max():.0f}", xticks=[], yticks=[])
         ax.title.set_fontsize(9); ax.grid(visible=False)
     return fig
@@ -165,6 +184,28 @@ def fig_angles(
 
 # %% ../../nbs/13_stats.ipynb #c027
 @style()
+def fig_distance(
+    table: pd.DataFrame,  # of `annotation_table`
+) -> Figure:
+    "Show how far the tools are from the camera, and how long they appear."
+    fig, (left, right) = new_figure(1, 2, height_in=3.0)
+    spans = [(100 * table.loc[table.category == c, "length_share"]).dropna() for c in CLASSES]
+    if not sum(map(len, spans)): return _nothing(left, "keypoints") or _nothing(right, "keypoints") or fig
+    right.hist(spans, np.linspace(0, max(s.max() for s in spans if len(s)), 17), color=CLASS_COLOURS, stacked=True,
+               edgecolor="white", linewidth=0.4, label=[f"{n} (n = {len(s)})" for n, s in zip(_NAMES, spans, strict=True)])
+    right.set(xlabel="length, % of the shorter side", ylabel="tools", title="How long a tool appears")
+    far = table.dropna(subset=["distance_m", "length_share"])
+    if not len(far): _nothing(left, "distances")
+    for category, colour in zip(CLASSES, CLASS_COLOURS, strict=True) if len(far) else ():
+        part = far[far.category == category]
+        left.scatter(100 * part.distance_m, 100 * part.length_share, s=16, color=colour, alpha=0.65, linewidths=0)
+        left.set(xlabel="distance to the camera, cm", ylabel="length, % of the shorter side",
+                 title=f"Distance and length (n = {len(far)})", ylim=0)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig
+
+# %% ../../nbs/13_stats.ipynb #c030
+@style()
 def fig_tools(
     coco: dict,
 ) -> Figure:
@@ -181,7 +222,42 @@ def fig_tools(
         bars = ax.bar(x, shares, 0.95 * width, label=f"{split} (n = {len(numbers)} images)")
         ax.bar_label(bars, fmt="%.0f", fontsize=8)
     ax.set(xticks=range(most + 1), xlabel="tools in an image", ylabel="share of the images, %",
-           title="Tools per image")
+           title=f"Tools per image (n = {len(coco['images'])} images)")
     ax.grid(axis="x", visible=False); ax.margins(y=0.12)
     fig.legend(loc="outside lower center", ncols=3)
     return fig
+
+# %% ../../nbs/13_stats.ipynb #c033
+@style()
+def fig_splits(
+    coco: dict,
+) -> Figure:
+    "Show how many images, scenes and tools each split has, and which of them it shares."
+    from matplotlib.patches import Patch
+    table = split_table(coco)
+    fig, axes = new_figure(1, 3, height_in=1.5 + 0.35 * max(len(table), 1), sharey=True)
+    parts = (("images", None), ("scenes", "scenes of other splits"), ("different tools", "tools of other splits"))
+    for ax, (column, shared) in zip(axes, parts, strict=True):
+        if not len(table): _nothing(ax, column); continue
+        total, other = table[column], table[shared] if shared else 0 * table[column]
+        ax.barh(table.index, total - other, color="#777777", height=0.6)
+        ax.barh(table.index, other, left=total - other, color="#D55E00", hatch="///", edgecolor="white", height=0.6)
+        for y, n in enumerate(total): ax.text(n, y, f" {n}", va="center", fontsize=9)
+        ax.set(title=f"{column} (n = {total.sum() - (other.sum() // 2)})", xlabel=column, xlim=(0, 1.25 * max(total.max(), 1)))
+        ax.grid(axis="y", visible=False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.legend(handles=[Patch(color="#777777", label="in this split alone"),
+                        Patch(facecolor="#D55E00", hatch="///", edgecolor="white", label="in another split too")],
+               loc="outside lower center", ncols=2)
+    return fig
+
+# %% ../../nbs/13_stats.ipynb #c036
+def all_figures(
+    coco: dict,
+    asked: Mapping[str, float] | None = None,  # strategy -> weight
+) -> dict[str, Figure]:  # name without `fig_`, as in `findings`
+    "Draw every figure of a dataset."
+    table = annotation_table(coco)
+    return {"mix": fig_mix(coco, asked), "visibility": fig_visibility(table), "box_sizes": fig_box_sizes(table),
+            "heatmap": fig_heatmap(coco), "opening": fig_opening(table), "angles": fig_angles(table),
+            "distance": fig_distance(table), "tools": fig_tools(coco), "splits": fig_splits(coco)}
