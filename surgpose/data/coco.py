@@ -29,6 +29,7 @@ def _unwrap(value: Any) -> Any:
 
 _Int = Annotated[int, BeforeValidator(_unwrap), Field(strict=True)]
 _Number = Annotated[float, BeforeValidator(_unwrap), Field(strict=True, allow_inf_nan=False)]
+_Box = Annotated[list[_Number], BeforeValidator(_unwrap), Field(min_length=4, max_length=4)]
 
 class _Image(BaseModel, extra="allow"):
     id: _Int
@@ -57,23 +58,25 @@ class _Annotation(BaseModel, extra="allow"):
     id: _Int
     image_id: _Int
     category_id: _Int
-    bbox: Annotated[list[_Number], BeforeValidator(_unwrap), Field(min_length=4, max_length=4)]
+    bbox: _Box
+    bbox_amodal: _Box = None  # these may be absent, not null
+    visible_fraction: Annotated[_Number, Field(ge=0, le=1)] = None
     area: Annotated[_Number, Field(ge=0)] | None = None
-    keypoints: Annotated[list[_Number], BeforeValidator(_unwrap)] = None  # may be absent, not null
+    keypoints: Annotated[list[_Number], BeforeValidator(_unwrap)] = None
     num_keypoints: _Int = None
 
     @model_validator(mode="after")
     def _sound(self) -> _Annotation:
-        if min(self.bbox[2:]) <= 0: raise ValueError(f"bbox: width and height must be > 0, got {self.bbox}")
+        for name, box in (("bbox", self.bbox), ("bbox_amodal", self.bbox_amodal)):
+            if box and min(box[2:]) <= 0: raise ValueError(f"{name}: width and height must be > 0, got {box}")
         if self.keypoints is None: return self
         want, got = 3 * len(KEYPOINTS), len(self.keypoints)
         if got != want: raise ValueError(f"keypoints: {len(KEYPOINTS)} points need {want} numbers, got {got}")
-        points = np.reshape(self.keypoints, (-1, 3))
-        flags, labelled = points[:, 2], int(np.count_nonzero(points[:, 2]))
+        flags = (points := np.reshape(self.keypoints, (-1, 3)))[:, 2]
         if not np.isin(flags, (0, 1, 2)).all():
             raise ValueError(f"keypoints: expected visibility 0, 1 or 2, got {flags.tolist()}")
         if points[flags == 0].any(): raise ValueError("keypoints: a point of visibility 0 must be (0, 0, 0)")
-        if self.num_keypoints not in (None, labelled):
+        if self.num_keypoints not in (None, labelled := int(np.count_nonzero(flags))):
             raise ValueError(f"num_keypoints: {labelled} keypoints are labelled, got {self.num_keypoints}")
         return self
 
@@ -84,12 +87,11 @@ class _File(BaseModel, extra="allow"):
 
 # %% ../../nbs/10_coco.ipynb #c010
 def _complaints(error: ValidationError) -> list[str]:
-    lines = []
-    for e in error.errors(include_url=False):
+    def line(e: dict) -> str:
         path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in e["loc"]).lstrip(".")
         got = "" if e["type"] in ("missing", "value_error") else f", got {str(e['input'])[:60]!r}"
-        lines.append(f"{path or 'file'}: {e['msg'].removeprefix('Value error, ')}{got}")
-    return lines
+        return f"{path or 'file'}: {e['msg'].removeprefix('Value error, ')}{got}"
+    return [line(e) for e in error.errors(include_url=False)]
 
 # %% ../../nbs/10_coco.ipynb #c012
 def _not_finite(node: Any, path: str = "") -> list[str]:
@@ -252,8 +254,7 @@ def poses_by_image(
     coco: dict,
 ) -> dict[int, Poses]:  # image id -> its tools; keypoints that are not there count as outside
     "Group annotations by image, as arrays."
-    none = [0.0] * (3 * len(KEYPOINTS))
-    return {i: Poses.from_rows([{"keypoints": none, **a} for a in rows])
+    return {i: Poses.from_rows([{"keypoints": [0.0] * 3 * len(KEYPOINTS), **a} for a in rows])
             for i, rows in annotations_by_image(coco).items()}
 
 # %% ../../nbs/10_coco.ipynb #c050
@@ -289,8 +290,7 @@ def assign_splits(
     filled = np.cumsum([0] + [sizes[g] for g in order[:-1]])  # at least one group is left to train on
     take = int(np.abs(filled - val_share * len(coco["images"])).argmin())
     val = set(order[:max(take, int(val_share > 0 and len(order) > 1))])
-    out = {**coco, "images": [{**im, "split": "val" if im[by] in val else "train"} for im in coco["images"]]}
-    check_splits(out, by=by)
+    check_splits(out := {**coco, "images": [{**im, "split": "val" if im[by] in val else "train"} for im in coco["images"]]}, by=by)
     return out
 
 # %% ../../nbs/10_coco.ipynb #c053
