@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,9 @@ import numpy as np
 
 from ..config import RenderConfig
 from ..files import atomic_write, sha256_file, write_json
-from ..geometry import transform
+from ..geometry import invert_rigid, transform
 from .dress import T_CV_BLENDER, add_light, add_occluder, add_prop, add_table, add_tool, set_world
-from .labels import Drawing, annotate, note, reach_probes, what_hides
+from .labels import Drawing, annotate, measure, note, reach_probes, what_hides
 from .looks import crop_photo, develop, paste, texture
 from .parts import Background, Camera, Scene
 from .scene import sample_scene
@@ -32,8 +35,9 @@ from .startup import device_in_use, start_blender, work_folder
 from .tools import Tool, build_tool
 
 # %% auto #0
-__all__ = ['build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'draw_camera', 'draw_scene', 'background_picture',
-           'finish', 'write_scene', 'draw_wanted', 'listen', 'serve', 'main']
+__all__ = ['build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'bare', 'enable_depth', 'draw_bare', 'find_causes',
+           'draw_camera', 'draw_scene', 'background_picture', 'finish', 'write_scene', 'draw_wanted', 'listen', 'serve',
+           'main']
 
 # %% ../../nbs/22_blender.ipynb #c006
 def build_scene(
@@ -50,18 +54,23 @@ def build_scene(
     if scene.background.kind == "table": add_table(bproc, scene.background)
     for light in scene.lights: add_light(bproc, light)
     set_world(bproc, scene.world)
-    for i, thing in enumerate(bproc.object.get_all_mesh_objects(), 1): thing.blender_obj.pass_index = i
+    for i, thing in enumerate(bproc.object.get_all_mesh_objects(), 1):
+        thing.blender_obj.pass_index = i
+        thing.set_cp("clear", any(m.get_principled_shader_value("Alpha") < 0.5 for m in thing.get_materials()))
     return tools
 
 # %% ../../nbs/22_blender.ipynb #c008
 def shoot_ray(
     bproc: Any,
     eye_m: np.ndarray,  # (3,) world
-    way: np.ndarray,  # (3,) direction
+    way: np.ndarray,  # (3,) direction, of length 1
 ) -> tuple[str, int, np.ndarray] | None:  # what is met first, its tool number, where; None for nothing
-    "Ask Blender what a ray meets in the scene as it is drawn."
-    hit, at, _, _, thing, _ = bproc.object.scene_ray_cast(eye_m.tolist(), way.tolist())
-    return (thing.get_name(), int(thing.get_cp("tool")), np.array(at)) if hit else None
+    "Ask Blender what a ray meets in the scene as it is drawn; what is clear does not count."
+    while True:
+        hit, at_m, _, _, thing, _ = bproc.object.scene_ray_cast(eye_m.tolist(), way.tolist())
+        if not hit: return None
+        if not thing.get_cp("clear"): return thing.get_name(), int(thing.get_cp("tool")), np.array(at_m)
+        eye_m = at_m + 1e-5 * way
 
 # %% ../../nbs/22_blender.ipynb #c010
 def set_camera(
@@ -69,9 +78,11 @@ def set_camera(
     camera: Camera,
 ) -> None:
     "Give Blender the camera's K and pose."
+    import bpy
+
     bproc.camera.set_intrinsics_from_K_matrix(camera.K, camera.width, camera.height, clip_start=0.005, clip_end=50.0)
-    bproc.utility.reset_keyframes()
-    bproc.camera.add_camera_pose(camera.T_world_cam @ T_CV_BLENDER)
+    bproc.camera.add_camera_pose(camera.T_world_cam @ T_CV_BLENDER, frame=0)
+    bpy.context.scene.frame_set(0)  # the middle of the exposure
 
 # %% ../../nbs/22_blender.ipynb #c012
 def blender_projection(
@@ -87,6 +98,57 @@ def blender_projection(
     return np.array([[u * camera.width - 0.5, (1 - v) * camera.height - 0.5] for u, v, _ in shares])
 
 # %% ../../nbs/22_blender.ipynb #c014
+@contextmanager
+def bare(
+    bproc: Any,
+) -> Iterator[None]:
+    "Have Blender draw nothing but where things are, in the middle of the exposure."
+    import bpy
+
+    scene, layer = bpy.context.scene, bpy.context.view_layer
+    wanted = [(scene.cycles, "samples", 1), (scene.cycles, "max_bounces", 0), (scene.render, "use_motion_blur", False),
+              (scene.cycles, "use_denoising", False), (layer.cycles, "use_denoising", False)]
+    wanted += [(t.blender_obj, "hide_render", True) for t in bproc.object.get_all_mesh_objects() if t.get_cp("clear")]
+    before = [getattr(thing, name) for thing, name, _ in wanted]
+    for thing, name, value in wanted: setattr(thing, name, value)
+    try: yield
+    finally:
+        for (thing, name, _), value in zip(wanted, before, strict=True): setattr(thing, name, value)
+
+# %% ../../nbs/22_blender.ipynb #c015
+def enable_depth(
+    bproc: Any,
+) -> None:
+    "Have all renders from now on write depth too, in full precision."
+    import bpy
+
+    bproc.renderer.enable_depth_output(activate_antialiasing=False)
+    for node in bpy.context.scene.node_tree.nodes:
+        if node.type == "OUTPUT_FILE": node.format.color_depth = "32"
+
+# %% ../../nbs/22_blender.ipynb #c016
+def draw_bare(
+    bproc: Any,
+    *,
+    depth: bool = False,  # after `enable_depth`
+) -> tuple[np.ndarray, np.ndarray | None]:  # (H, W) tool numbers, 0 is none; (H, W) z in m, huge where there is nothing
+    "Draw which tool is where, and how far away things are."
+    with bare(bproc): data = bproc.renderer.render(load_keys={"segmap", "depth"} if depth else {"segmap"}, verbose=True)
+    return np.asarray(data["tool_segmaps"][0]), np.asarray(data["depth"][0]) if depth else None
+
+# %% ../../nbs/22_blender.ipynb #c018
+def find_causes(
+    bproc: Any,
+    scene: Scene,
+    tools: list[Tool],  # as `build_scene` returns them
+    camera: Camera,
+) -> list[list[str]]:  # per tool and keypoint, as `what_hides` tells
+    "Tell what hides each keypoint in the scene that Blender holds."
+    cast = partial(shoot_ray, bproc)
+    return [[what_hides(cast, camera, tool, placed.T_world_tool, n, k) for k in range(len(tool.keypoints_m))]
+            for n, (tool, placed) in enumerate(zip(tools, scene.tools, strict=True), 1)]
+
+# %% ../../nbs/22_blender.ipynb #c019
 def draw_camera(
     bproc: Any,
     scene: Scene,
@@ -95,29 +157,31 @@ def draw_camera(
 ) -> Drawing:
     "Render the scene that Blender holds through one camera."
     set_camera(bproc, camera)
+    moving = any(any(thing.travel_m) for thing in (*scene.tools, *scene.occluders))
     cutout = scene.background.kind == "picture"
     data = bproc.renderer.render(load_keys={"segmap"}, verbose=True,  # its progress bar costs a third of the time
                                  keys_with_alpha_channel={"colors"} if cutout else None)
     pixels, numbers = np.asarray(data["colors"][0]), np.asarray(data["tool_segmaps"][0])
     image = np.ascontiguousarray(pixels[..., [2, 1, 0, 3] if cutout else [2, 1, 0]])
+    if moving or any(t.get_cp("clear") for t in bproc.object.get_all_mesh_objects()): numbers, _ = draw_bare(bproc)
     poses, points = [t.T_world_tool for t in scene.tools], [t.keypoints_m for t in tools]
-    cast = partial(shoot_ray, bproc)
-    causes = [[what_hides(cast, camera, t, T, n, k) for k in range(len(t.keypoints_m))]
-              for n, (t, T) in enumerate(zip(tools, poses, strict=True), 1)]
+    causes = find_causes(bproc, scene, tools, camera)
     by_blender = [blender_projection(transform(T, x), camera) for T, x in zip(poses, points, strict=True)]
     masks = reach_probes(numbers == np.arange(1, len(tools) + 1)[:, None, None], camera, tools, poses, causes)
-    return Drawing(finish(image, scene), masks, causes, np.array(points), np.array(by_blender))
+    extents = [measure(t.mesh, invert_rigid(camera.T_world_cam) @ T, camera) for t, T in zip(tools, poses, strict=True)]
+    return Drawing(finish(image, scene), masks, causes, np.array(points), np.array(by_blender), extents)
 
-# %% ../../nbs/22_blender.ipynb #c016
+# %% ../../nbs/22_blender.ipynb #c021
 def draw_scene(
     bproc: Any,
     scene: Scene,
 ) -> list[Drawing]:  # one per camera
     "Draw a scene through all its cameras."
     tools = build_scene(bproc, scene)
-    return [draw_camera(bproc, scene, tools, camera) for camera in scene.cameras]
+    seen = [replace(scene, post=replace(scene.post, seed=scene.post.seed + i)) for i in range(len(scene.cameras))]
+    return [draw_camera(bproc, one, tools, camera) for one, camera in zip(seen, scene.cameras, strict=True)]
 
-# %% ../../nbs/22_blender.ipynb #c018
+# %% ../../nbs/22_blender.ipynb #c023
 def background_picture(
     background: Background,
     width: int,  # px
@@ -129,7 +193,7 @@ def background_picture(
     if photo is None: raise ValueError(f"{background.texture}: expected a photo, cannot decode it")
     return crop_photo(photo, width, height, background.seed)
 
-# %% ../../nbs/22_blender.ipynb #c020
+# %% ../../nbs/22_blender.ipynb #c025
 def finish(
     image: np.ndarray,  # (H, W, 3) BGR or (H, W, 4) BGRA, uint8, as rendered
     scene: Scene,
@@ -144,7 +208,7 @@ def finish(
     return develop(image, seed=post.seed, brightness=post.brightness, gamma=post.gamma, white_bgr=post.white_bgr,
                    blur_sigma_px=post.blur_sigma_px, noise_sigma=post.noise_sigma)
 
-# %% ../../nbs/22_blender.ipynb #c024
+# %% ../../nbs/22_blender.ipynb #c029
 def write_scene(
     bproc: Any,
     scene: Scene,
@@ -163,7 +227,7 @@ def write_scene(
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
 
-# %% ../../nbs/22_blender.ipynb #c025
+# %% ../../nbs/22_blender.ipynb #c030
 def draw_wanted(
     bproc: Any,
     cfg: RenderConfig,
@@ -177,7 +241,7 @@ def draw_wanted(
         return dict(index=index, seconds=write_scene(bproc, scene, Path(job["out"]))["seconds"])
     except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}", errno=getattr(e, "errno", None))
 
-# %% ../../nbs/22_blender.ipynb #c027
+# %% ../../nbs/22_blender.ipynb #c032
 def listen(
     asked: queue.SimpleQueue,
     parent: int,  # process id of the one who asks
@@ -188,7 +252,7 @@ def listen(
     while os.getppid() == parent: time.sleep(0.2)
     os._exit(1)
 
-# %% ../../nbs/22_blender.ipynb #c029
+# %% ../../nbs/22_blender.ipynb #c034
 def serve(
     job: dict,  # out, config, seed, device, threads, parent (process id), idle_s
 ) -> None:
@@ -204,7 +268,7 @@ def serve(
         while (wanted := asked.get(timeout=job["idle_s"])) is not None:
             print(json.dumps(draw_wanted(bproc, cfg, job, wanted)), file=say, flush=True)
 
-# %% ../../nbs/22_blender.ipynb #c031
+# %% ../../nbs/22_blender.ipynb #c036
 def main() -> None:
     "Run as a worker process; never returns."
     code = 1

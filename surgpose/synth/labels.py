@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
+import trimesh
 
 from ..data.coco import rle_of_mask
 from ..files import hash_data
@@ -19,8 +21,8 @@ from .parts import Camera, Scene, ToolPlacement
 from .tools import Tool
 
 # %% auto #0
-__all__ = ['Cast', 'TINY_PX', 'in_image', 'side_of', 'parent_side', 'what_hides', 'reach_probes', 'keypoints_px', 'asset_name',
-           'Drawing', 'note', 'annotate']
+__all__ = ['Cast', 'TINY_PX', 'in_image', 'side_of', 'parent_side', 'what_hides', 'reach_probes', 'full_box', 'silhouette',
+           'Extent', 'measure', 'keypoints_px', 'asset_name', 'Drawing', 'note', 'annotate']
 
 # %% ../../nbs/22b_labels.ipynb #c005
 def in_image(
@@ -87,6 +89,57 @@ def reach_probes(
     return masks
 
 # %% ../../nbs/22b_labels.ipynb #c024
+def full_box(
+    mesh: trimesh.Trimesh,  # tool frame
+    T_cam_tool: np.ndarray,  # (4, 4)
+    camera: Camera,
+) -> list[float]:  # left, top, width, height in px, not cut at the image's border
+    "Box all of a tool, seen or not."
+    xy = project(transform(T_cam_tool, mesh.vertices), camera.K)
+    low, high = np.nanmin(xy, 0), np.nanmax(xy, 0)
+    return [float(v) for v in (*(low + 0.5), *(high - low))]
+
+# %% ../../nbs/22b_labels.ipynb #c026
+def silhouette(
+    mesh: trimesh.Trimesh,  # tool frame
+    T_cam_tool: np.ndarray,  # (4, 4)
+    camera: Camera,
+    *,
+    around: int = 0,  # how many images wide a margin to look at as well
+) -> np.ndarray:  # (H + 2 around H, W + 2 around W) bool
+    "Draw the outline of a tool with nothing in its way."
+    shift = around * np.array([camera.width, camera.height])
+    canvas = np.zeros((1 + 2 * around) * np.array([camera.height, camera.width]), np.uint8)
+    xyz_m = transform(T_cam_tool, mesh.vertices)
+    xy = project(xyz_m, camera.K) + shift
+    if np.isnan(xy).any(): canvas[:] = 1  # part of it is behind the camera: no hull
+    else: cv2.fillConvexPoly(canvas, cv2.convexHull(xy.clip(-9999, 9999).round().astype(np.int32)), 1)
+    y, x = np.nonzero(cv2.dilate(canvas, np.ones((3, 3), np.uint8)))
+    ways = np.linalg.solve(camera.K, np.stack([x - shift[0], y - shift[1], np.ones(len(x))])).T
+    first = trimesh.Trimesh(xyz_m, mesh.faces, process=False).ray.intersects_first(0 * ways, ways)
+    canvas[y, x] = first >= 0
+    return canvas.astype(bool)
+
+# %% ../../nbs/22b_labels.ipynb #c030
+@dataclass(frozen=True)
+class Extent:
+    "How large a tool would appear with nothing in its way."
+    box: list[float]  # as of `full_box`
+    whole_px: int  # of its silhouette
+    inside_px: int  # of them inside the image
+
+
+def measure(
+    mesh: trimesh.Trimesh,  # tool frame
+    T_cam_tool: np.ndarray,  # (4, 4)
+    camera: Camera,
+) -> Extent:
+    "Measure a tool's box and silhouette, as far as one image's width and height beyond the border."
+    whole = silhouette(mesh, T_cam_tool, camera, around=1)
+    inside = whole[camera.height : 2 * camera.height, camera.width : 2 * camera.width]
+    return Extent(full_box(mesh, T_cam_tool, camera), int(whole.sum()), int(inside.sum()))
+
+# %% ../../nbs/22b_labels.ipynb #c034
 def keypoints_px(
     camera: Camera,
     T_cam_tool: np.ndarray,  # (4, 4)
@@ -100,14 +153,14 @@ def keypoints_px(
     out[out[:, 2] == Visibility.OUTSIDE] = 0
     return out
 
-# %% ../../nbs/22b_labels.ipynb #c028
+# %% ../../nbs/22b_labels.ipynb #c038
 def asset_name(
     asset: dict,
 ) -> str:  # short, and different for different tools
     "Name a tool in an annotation."
     return f"{asset['kind']}-{Path(asset['path']).stem if 'path' in asset else hash_data(asset)}"
 
-# %% ../../nbs/22b_labels.ipynb #c031
+# %% ../../nbs/22b_labels.ipynb #c041
 TINY_PX = 20  # a tool with fewer visible pixels is not annotated
 
 
@@ -119,8 +172,16 @@ class Drawing:
     hidden_by: list[list[str]]  # per tool and keypoint, as `what_hides` tells
     keypoints_m: np.ndarray  # (N, 5, 3) tool frame, the CAD's order of jaws
     renderer_px: np.ndarray  # (N, 5, 2) where the renderer's own camera sees the keypoints
+    extents: list[Extent]  # per tool
 
-# %% ../../nbs/22b_labels.ipynb #c033
+    def visible_fraction(
+        self,
+        i: int,  # which tool
+    ) -> float:  # 0..1
+        "Tell how much of a tool's whole silhouette is seen."
+        return min(1.0, round(float(self.masks[i].sum()) / max(self.extents[i].whole_px, 1), 4))
+
+# %% ../../nbs/22b_labels.ipynb #c043
 def note(
     placed: ToolPlacement,
     drawing: Drawing,
@@ -131,11 +192,13 @@ def note(
     xy = project(transform(invert_rigid(camera.T_world_cam) @ placed.T_world_tool, drawing.keypoints_m[i]), camera.K)
     places = order_jaws(np.c_[xy, np.arange(len(xy))])[:, 2].astype(int)
     visible = int(drawing.masks[i].sum())
+    extent = drawing.extents[i]
     return dict(tool=i, class_name=placed.class_name, visible_px=visible, annotated=visible >= TINY_PX,
+                inside_px=extent.inside_px, whole_px=extent.whole_px, visible_fraction=drawing.visible_fraction(i),
                 hidden_by={name: drawing.hidden_by[i][k] for name, k in zip(KEYPOINTS, places, strict=True)},
                 against_renderer_px=round(float(np.nanmax(np.abs(xy - drawing.renderer_px[i]), initial=0)), 6))
 
-# %% ../../nbs/22b_labels.ipynb #c036
+# %% ../../nbs/22b_labels.ipynb #c046
 def annotate(
     scene: Scene,
     drawing: Drawing,
@@ -150,7 +213,8 @@ def annotate(
         kpts = keypoints_px(camera, T_cam_tool, drawing.keypoints_m[i], drawing.hidden_by[i])
         box = [x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1]
         rows.append(dict(category_id=category_id(placed.class_name), bbox=[int(v) for v in box], area=len(x),
-                         segmentation=rle_of_mask(mask), iscrowd=0, keypoints=kpts.round(3).ravel().tolist(),
+                         bbox_amodal=[round(v, 3) for v in drawing.extents[i].box], segmentation=rle_of_mask(mask),
+                         visible_fraction=drawing.visible_fraction(i), iscrowd=0, keypoints=kpts.round(3).ravel().tolist(),
                          num_keypoints=int((kpts[:, 2] > 0).sum()), T_cam_tool=T_cam_tool.round(9).tolist(),
                          opening_deg=round(placed.opening_deg, 4), asset=asset_name(placed.asset)))
     return rows
