@@ -30,6 +30,7 @@ __all__ = ['fig_shares', 'fig_mix', 'fig_visibility', 'fig_box_sizes', 'fig_heat
 # %% ../../nbs/13_stats.ipynb #c005
 _all_ = ["annotation_table", "asked_mix", "dataset_verdict", "findings", "mix_counts", "mix_table", "mix_verdict",
          "say_mix", "say_splits", "split_members", "split_table", "summary_table"]
+_GREYS = ("#555555", "#A6A6A6", "#D9D9D9")  # of splits; colours belong to keypoints, classes and strategies
 _NAMES = tuple(name.replace("_", " ") for name in CLASSES)
 
 # %% ../../nbs/13_stats.ipynb #c008
@@ -51,9 +52,9 @@ def fig_shares(
     names = [str(name) for name in table.index]
     kin = [name.split(":")[0] for name in names]
     hatches = [("", "///", "...")[kin[:i].count(k) % 3] for i, k in enumerate(kin)]  # families of one strategy
-    bars = ax.barh(names, table["got, %"], height=0.6, color=[strategy_colour(name) for name in names], hatch=hatches,
-                   edgecolor="white", label="_got")
-    ax.bar_label(bars, [f" {v}" for v in table.got], fontsize=9)
+    ax.barh(names, table["got, %"], height=0.6, color=[strategy_colour(name) for name in names], hatch=hatches,
+            edgecolor="white", label="_got")
+    ax.set_yticks(range(len(names)), [f"{name}: {got}" for name, got in zip(names, table.got, strict=True)])
     known = table["chance from"].notna().to_numpy()
     if known.any():
         at, low, high = (100 * table.loc[known, c].to_numpy(float) / n for c in ("expected", "chance from", "chance to"))
@@ -219,7 +220,7 @@ def fig_tools(
     for i, (split, numbers) in enumerate(sorted(splits.items())):
         shares, width = 100 * np.bincount(numbers, minlength=most + 1) / len(numbers), 0.8 / len(splits)
         x = np.arange(most + 1) + width * (i + 0.5) - 0.4
-        bars = ax.bar(x, shares, 0.95 * width, label=f"{split} (n = {len(numbers)} images)")
+        bars = ax.bar(x, shares, 0.95 * width, label=f"{split} (n = {len(numbers)} images)", color=_GREYS[i % 3])
         ax.bar_label(bars, fmt="%.0f", fontsize=8)
     ax.set(xticks=range(most + 1), xlabel="tools in an image", ylabel="share of the images, %",
            title=f"Tools per image (n = {len(coco['images'])} images)")
