@@ -41,7 +41,8 @@ prep: $(STAMP)  ## export the notebooks, clean them, test
 	$(MAKE) test
 
 bench: $(STAMP)  ## measure against the named baselines; writes reports/bench
-	$(BIN)/surgpose report 80_benchmark --out reports/bench
+	$(BIN)/surgpose report 80_benchmark --out reports/bench -p rounds=2 -p render_images=4 -p render_rounds=2 \
+		-p render_width=640 -p render_workers=2 -p render_defaults=true -p truth_samples=200
 
 clean:  ## remove what was built, not what was learned: reports stay
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis

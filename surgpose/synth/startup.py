@@ -17,8 +17,8 @@ from typing import Any
 from ..config import RenderConfig
 
 # %% auto #0
-__all__ = ['GPU_KINDS', 'import_blenderproc', 'parse_device', 'choose_device', 'set_device', 'device_in_use', 'memory_folder',
-           'sweep_work_folders', 'work_folder', 'start_blender']
+__all__ = ['GPU_KINDS', 'import_blenderproc', 'init_blenderproc', 'parse_device', 'choose_device', 'set_device', 'device_in_use',
+           'memory_folder', 'sweep_work_folders', 'work_folder', 'start_blender']
 
 # %% ../../nbs/22a_startup.ipynb #c005
 def _folder() -> Path:
@@ -49,7 +49,11 @@ def import_blenderproc() -> Any:  # the module blenderproc
     return blenderproc
 
 # %% ../../nbs/22a_startup.ipynb #c011
-def _init(bproc: Any, temp: str) -> None:
+def init_blenderproc(
+    bproc: Any,  # from `import_blenderproc`
+    temp: str,  # folder for what passes between Blender and us
+) -> None:
+    "Start Blender with BlenderProc's own defaults."
     import bpy
     from blenderproc.python.utility.GlobalStorage import GlobalStorage
     from blenderproc.python.utility.Initializer import _Initializer, clean_up
@@ -159,7 +163,7 @@ def start_blender(
     import bpy
 
     bproc = import_blenderproc()
-    _init(bproc, temp or tempfile.mkdtemp(prefix="surgpose-"))
+    init_blenderproc(bproc, temp or tempfile.mkdtemp(prefix="surgpose-"))
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False  # scripts in foreign .blend files stay asleep
     set_device(bproc, device)
     bproc.renderer.set_cpu_threads(threads)
