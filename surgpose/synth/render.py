@@ -81,6 +81,7 @@ def record_to_images(
                          width=camera["width"], height=camera["height"], fx=fx, fy=fy, cx=cx, cy=cy,
                          T_world_cam=np.round(camera["T_world_cam"], 9).tolist(), camera=shot["camera"],
                          strategy=scene["strategy"], scene=scene["index"], split=scene["split"]))
+        if scene.get("family"): rows[-1]["family"] = scene["family"]
         if scene.get("sequence") is not None:
             rows[-1] |= dict(video=film_name(scene["sequence"], shot["camera"]), sequence=scene["sequence"],
                              frame=scene["frame"], t_s=scene["t_s"])
