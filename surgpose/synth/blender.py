@@ -13,10 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +23,18 @@ import numpy as np
 from ..config import RenderConfig
 from ..files import atomic_write, sha256_file, write_json
 from ..geometry import invert_rigid, transform
-from .dress import T_CV_BLENDER, add_light, add_occluder, add_prop, add_table, add_tool, set_world
-from .labels import Drawing, annotate, measure, note, reach_probes, what_hides
+from .dress import add_light, add_occluder, add_prop, add_table, add_tool, blur_motion, set_world
+from .labels import Drawing, annotate, measure, note, reach_probes
 from .looks import crop_photo, develop, paste, texture
 from .parts import Background, Camera, Scene
 from .scene import sample_scene
+from .sight import blender_projection, draw_bare, enable_depth, find_causes, set_camera
 from .startup import device_in_use, start_blender, work_folder
 from .tools import Tool, build_tool
 
 # %% auto #0
-__all__ = ['build_scene', 'shoot_ray', 'set_camera', 'blender_projection', 'bare', 'enable_depth', 'draw_bare', 'find_causes',
-           'draw_camera', 'draw_scene', 'background_picture', 'finish', 'write_scene', 'draw_wanted', 'listen', 'serve',
-           'main']
+__all__ = ['DEPTH_STEP_M', 'build_scene', 'draw_camera', 'draw_scene', 'background_picture', 'finish', 'write_scene',
+           'write_depth', 'draw_wanted', 'listen', 'serve', 'main']
 
 # %% ../../nbs/22_blender.ipynb #c006
 def build_scene(
@@ -60,95 +57,6 @@ def build_scene(
     return tools
 
 # %% ../../nbs/22_blender.ipynb #c008
-def shoot_ray(
-    bproc: Any,
-    eye_m: np.ndarray,  # (3,) world
-    way: np.ndarray,  # (3,) direction, of length 1
-) -> tuple[str, int, np.ndarray] | None:  # what is met first, its tool number, where; None for nothing
-    "Ask Blender what a ray meets in the scene as it is drawn; what is clear does not count."
-    while True:
-        hit, at_m, _, _, thing, _ = bproc.object.scene_ray_cast(eye_m.tolist(), way.tolist())
-        if not hit: return None
-        if not thing.get_cp("clear"): return thing.get_name(), int(thing.get_cp("tool")), np.array(at_m)
-        eye_m = at_m + 1e-5 * way
-
-# %% ../../nbs/22_blender.ipynb #c010
-def set_camera(
-    bproc: Any,
-    camera: Camera,
-) -> None:
-    "Give Blender the camera's K and pose."
-    import bpy
-
-    bproc.camera.set_intrinsics_from_K_matrix(camera.K, camera.width, camera.height, clip_start=0.005, clip_end=50.0)
-    bproc.camera.add_camera_pose(camera.T_world_cam @ T_CV_BLENDER, frame=0)
-    bpy.context.scene.frame_set(0)  # the middle of the exposure
-
-# %% ../../nbs/22_blender.ipynb #c012
-def blender_projection(
-    xyz_m: np.ndarray,  # (N, 3) world
-    camera: Camera,
-) -> np.ndarray:  # (N, 2) px
-    "Ask Blender itself where points appear; a check on everything above."
-    import bpy
-    from bpy_extras.object_utils import world_to_camera_view
-    from mathutils import Vector
-
-    shares = [world_to_camera_view(bpy.context.scene, bpy.context.scene.camera, Vector(x)) for x in xyz_m]
-    return np.array([[u * camera.width - 0.5, (1 - v) * camera.height - 0.5] for u, v, _ in shares])
-
-# %% ../../nbs/22_blender.ipynb #c014
-@contextmanager
-def bare(
-    bproc: Any,
-) -> Iterator[None]:
-    "Have Blender draw nothing but where things are, in the middle of the exposure."
-    import bpy
-
-    scene, layer = bpy.context.scene, bpy.context.view_layer
-    wanted = [(scene.cycles, "samples", 1), (scene.cycles, "max_bounces", 0), (scene.render, "use_motion_blur", False),
-              (scene.cycles, "use_denoising", False), (layer.cycles, "use_denoising", False)]
-    wanted += [(t.blender_obj, "hide_render", True) for t in bproc.object.get_all_mesh_objects() if t.get_cp("clear")]
-    before = [getattr(thing, name) for thing, name, _ in wanted]
-    for thing, name, value in wanted: setattr(thing, name, value)
-    try: yield
-    finally:
-        for (thing, name, _), value in zip(wanted, before, strict=True): setattr(thing, name, value)
-
-# %% ../../nbs/22_blender.ipynb #c015
-def enable_depth(
-    bproc: Any,
-) -> None:
-    "Have all renders from now on write depth too, in full precision."
-    import bpy
-
-    bproc.renderer.enable_depth_output(activate_antialiasing=False)
-    for node in bpy.context.scene.node_tree.nodes:
-        if node.type == "OUTPUT_FILE": node.format.color_depth = "32"
-
-# %% ../../nbs/22_blender.ipynb #c016
-def draw_bare(
-    bproc: Any,
-    *,
-    depth: bool = False,  # after `enable_depth`
-) -> tuple[np.ndarray, np.ndarray | None]:  # (H, W) tool numbers, 0 is none; (H, W) z in m, huge where there is nothing
-    "Draw which tool is where, and how far away things are."
-    with bare(bproc): data = bproc.renderer.render(load_keys={"segmap", "depth"} if depth else {"segmap"}, verbose=True)
-    return np.asarray(data["tool_segmaps"][0]), np.asarray(data["depth"][0]) if depth else None
-
-# %% ../../nbs/22_blender.ipynb #c018
-def find_causes(
-    bproc: Any,
-    scene: Scene,
-    tools: list[Tool],  # as `build_scene` returns them
-    camera: Camera,
-) -> list[list[str]]:  # per tool and keypoint, as `what_hides` tells
-    "Tell what hides each keypoint in the scene that Blender holds."
-    cast = partial(shoot_ray, bproc)
-    return [[what_hides(cast, camera, tool, placed.T_world_tool, n, k) for k in range(len(tool.keypoints_m))]
-            for n, (tool, placed) in enumerate(zip(tools, scene.tools, strict=True), 1)]
-
-# %% ../../nbs/22_blender.ipynb #c019
 def draw_camera(
     bproc: Any,
     scene: Scene,
@@ -157,13 +65,13 @@ def draw_camera(
 ) -> Drawing:
     "Render the scene that Blender holds through one camera."
     set_camera(bproc, camera)
-    moving = any(any(thing.travel_m) for thing in (*scene.tools, *scene.occluders))
+    unsure = blur_motion(bproc) or any(t.get_cp("clear") for t in bproc.object.get_all_mesh_objects())
     cutout = scene.background.kind == "picture"
     data = bproc.renderer.render(load_keys={"segmap"}, verbose=True,  # its progress bar costs a third of the time
                                  keys_with_alpha_channel={"colors"} if cutout else None)
     pixels, numbers = np.asarray(data["colors"][0]), np.asarray(data["tool_segmaps"][0])
     image = np.ascontiguousarray(pixels[..., [2, 1, 0, 3] if cutout else [2, 1, 0]])
-    if moving or any(t.get_cp("clear") for t in bproc.object.get_all_mesh_objects()): numbers, _ = draw_bare(bproc)
+    if unsure: numbers, _ = draw_bare(bproc)
     poses, points = [t.T_world_tool for t in scene.tools], [t.keypoints_m for t in tools]
     causes = find_causes(bproc, scene, tools, camera)
     by_blender = [blender_projection(transform(T, x), camera) for T, x in zip(poses, points, strict=True)]
@@ -171,7 +79,7 @@ def draw_camera(
     extents = [measure(t.mesh, invert_rigid(camera.T_world_cam) @ T, camera) for t, T in zip(tools, poses, strict=True)]
     return Drawing(finish(image, scene), masks, causes, np.array(points), np.array(by_blender), extents)
 
-# %% ../../nbs/22_blender.ipynb #c021
+# %% ../../nbs/22_blender.ipynb #c010
 def draw_scene(
     bproc: Any,
     scene: Scene,
@@ -181,7 +89,7 @@ def draw_scene(
     seen = [replace(scene, post=replace(scene.post, seed=scene.post.seed + i)) for i in range(len(scene.cameras))]
     return [draw_camera(bproc, one, tools, camera) for one, camera in zip(seen, scene.cameras, strict=True)]
 
-# %% ../../nbs/22_blender.ipynb #c023
+# %% ../../nbs/22_blender.ipynb #c012
 def background_picture(
     background: Background,
     width: int,  # px
@@ -193,7 +101,7 @@ def background_picture(
     if photo is None: raise ValueError(f"{background.texture}: expected a photo, cannot decode it")
     return crop_photo(photo, width, height, background.seed)
 
-# %% ../../nbs/22_blender.ipynb #c025
+# %% ../../nbs/22_blender.ipynb #c014
 def finish(
     image: np.ndarray,  # (H, W, 3) BGR or (H, W, 4) BGRA, uint8, as rendered
     scene: Scene,
@@ -208,7 +116,7 @@ def finish(
     return develop(image, seed=post.seed, brightness=post.brightness, gamma=post.gamma, white_bgr=post.white_bgr,
                    blur_sigma_px=post.blur_sigma_px, noise_sigma=post.noise_sigma)
 
-# %% ../../nbs/22_blender.ipynb #c029
+# %% ../../nbs/22_blender.ipynb #c018
 def write_scene(
     bproc: Any,
     scene: Scene,
@@ -227,21 +135,40 @@ def write_scene(
     write_json(out / ".records" / f"{scene.index:06d}.json", record, indent=None)
     return record
 
-# %% ../../nbs/22_blender.ipynb #c030
+# %% ../../nbs/22_blender.ipynb #c020
+DEPTH_STEP_M = 1e-4  # of one count
+
+def write_depth(
+    bproc: Any,
+    scene: Scene,
+    out: Path,  # a folder
+) -> dict:  # seconds
+    "Draw how far away everything is, as depth/000000_0.png for scene 0 and its camera 0."
+    start = time.perf_counter()
+    build_scene(bproc, scene)
+    for i, camera in enumerate(scene.cameras):
+        set_camera(bproc, camera)
+        _, z_m = draw_bare(bproc, depth=True)
+        counts = np.where(z_m < 65535 * DEPTH_STEP_M, z_m / DEPTH_STEP_M, 0).round().astype(np.uint16)
+        atomic_write(out / "depth" / f"{scene.index:06d}_{i}.png", cv2.imencode(".png", counts)[1].tobytes())
+    return dict(seconds=round(time.perf_counter() - start, 3))
+
+# %% ../../nbs/22_blender.ipynb #c021
 def draw_wanted(
     bproc: Any,
     cfg: RenderConfig,
-    job: dict,  # out and seed count
+    job: dict,  # out, seed and depth count
     wanted: int | dict,  # index of a scene, or a whole scene as plain data
 ) -> dict:  # index, and seconds or the error
     "Draw one scene of a job; whatever goes wrong is an answer too, and the next scene has its chance."
     index = wanted if isinstance(wanted, int) else wanted["index"]
     try:
         scene = sample_scene(index, job["seed"], cfg) if isinstance(wanted, int) else Scene.from_dict(wanted)
-        return dict(index=index, seconds=write_scene(bproc, scene, Path(job["out"]))["seconds"])
+        write = write_depth if job.get("depth") else write_scene
+        return dict(index=index, seconds=write(bproc, scene, Path(job["out"]))["seconds"])
     except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}", errno=getattr(e, "errno", None))
 
-# %% ../../nbs/22_blender.ipynb #c032
+# %% ../../nbs/22_blender.ipynb #c023
 def listen(
     asked: queue.SimpleQueue,
     parent: int,  # process id of the one who asks
@@ -252,9 +179,9 @@ def listen(
     while os.getppid() == parent: time.sleep(0.2)
     os._exit(1)
 
-# %% ../../nbs/22_blender.ipynb #c034
+# %% ../../nbs/22_blender.ipynb #c025
 def serve(
-    job: dict,  # out, config, seed, device, threads, parent (process id), idle_s
+    job: dict,  # out, config, seed, device, threads, parent (process id), idle_s, and depth where it is wanted
 ) -> None:
     "Draw what is asked for and say a line of JSON on the real standard output for each."
     say, asked = os.fdopen(os.dup(1), "w"), queue.SimpleQueue()
@@ -262,13 +189,15 @@ def serve(
     threading.Thread(target=listen, args=(asked, job["parent"]), daemon=True).start()
     cfg = RenderConfig(**job["config"])
     with work_folder() as temp:
-        try: bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
+        try:
+            bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
+            if job.get("depth"): enable_depth(bproc)
         except Exception as e: print(json.dumps(dict(error=str(e))), file=say, flush=True); raise
         print(json.dumps(dict(ready=True, device=device_in_use())), file=say, flush=True)
         while (wanted := asked.get(timeout=job["idle_s"])) is not None:
             print(json.dumps(draw_wanted(bproc, cfg, job, wanted)), file=say, flush=True)
 
-# %% ../../nbs/22_blender.ipynb #c036
+# %% ../../nbs/22_blender.ipynb #c027
 def main() -> None:
     "Run as a worker process; never returns."
     code = 1
