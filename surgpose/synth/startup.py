@@ -165,6 +165,7 @@ def start_blender(
     bproc = import_blenderproc()
     init_blenderproc(bproc, temp or tempfile.mkdtemp(prefix="surgpose-"))
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False  # scripts in foreign .blend files stay asleep
+    bpy.context.scene.render.use_persistent_data = False  # else textures of earlier scenes come back
     set_device(bproc, device)
     bproc.renderer.set_cpu_threads(threads)
     bproc.renderer.set_max_amount_of_samples(cfg.samples)
