@@ -165,7 +165,6 @@ def start_blender(
     bproc = import_blenderproc()
     init_blenderproc(bproc, temp or tempfile.mkdtemp(prefix="surgpose-"))
     bpy.context.preferences.filepaths.use_scripts_auto_execute = False  # scripts in foreign .blend files stay asleep
-    bpy.context.scene.render.use_persistent_data = False  # else textures of earlier scenes come back
     set_device(bproc, device)
     bproc.renderer.set_cpu_threads(threads)
     bproc.renderer.set_max_amount_of_samples(cfg.samples)
@@ -173,7 +172,7 @@ def start_blender(
     bproc.renderer.set_light_bounces(diffuse_bounces=2, glossy_bounces=cfg.glossy_bounces, max_bounces=cfg.max_bounces,
                                      transmission_bounces=0, transparent_max_bounces=4, volume_bounces=0)
     bproc.renderer.toggle_light_tree(False)  # many small scenes: building it costs more than it saves
-    bpy.context.scene.render.use_persistent_data = False  # what is kept makes the noise depend on what was drawn before
+    bpy.context.scene.render.use_persistent_data = False  # else textures come back, and noise depends on what was drawn before
     bproc.renderer.set_denoiser(None)  # BlenderProc's own goes through the compositor at its slowest
     for settings in (bpy.context.scene.cycles, bpy.context.view_layer.cycles): settings.use_denoising = cfg.denoise
     bpy.context.scene.cycles.denoiser = "OPENIMAGEDENOISE"
