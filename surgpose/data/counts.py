@@ -25,7 +25,7 @@ __all__ = ['annotation_table', 'summary_table', 'group_of', 'mix_counts', 'with_
 
 # %% ../../nbs/13a_counts.ipynb #c007
 _COLUMNS = ("annotation_id", "image_id", "category", "strategy", "split", "width_px", "height_px",
-            "box_share", *KEYPOINTS, "angle_deg", "opening_deg", "length_share", "distance_m", "asset")
+            "box_share", *KEYPOINTS, "angle_deg", "opening_deg", "length_share", "distance_m", "visible_fraction", "asset")
 
 # %% ../../nbs/13a_counts.ipynb #c008
 def _length_share(points: np.ndarray, image: dict) -> float:
@@ -42,7 +42,8 @@ def _row(annotation: dict, image: dict) -> tuple:
     return (annotation["id"], image["id"], class_name(annotation["category_id"]),
             image.get("strategy", "unknown"), image.get("split", "all"), width, height, share,
             *points[:, 2], float(np.degrees(np.arctan2(-y, x)) % 360), annotation.get("opening_deg", np.nan),
-            _length_share(points, image), _distance_m(annotation), annotation.get("asset"))
+            _length_share(points, image), _distance_m(annotation),
+            annotation.get("visible_fraction", np.nan), annotation.get("asset"))
 
 def _distance_m(annotation: dict) -> float:
     pose = annotation.get("T_cam_tool")
@@ -71,7 +72,8 @@ def _summary(table: pd.DataFrame, images: list[dict]) -> dict[str, float]:
             "median box, % of the image": 100 * part.box_share.median(),
             "median opening, degrees": part.opening_deg.astype(float).median(),
             "median length, % of the shorter side": 100 * part.length_share.median(),
-            "median distance, cm": 100 * part.distance_m.median()}
+            "median distance, cm": 100 * part.distance_m.median(),
+            "median tool seen, %": 100 * part.visible_fraction.astype(float).median()}
 
 # %% ../../nbs/13a_counts.ipynb #c015
 def summary_table(
@@ -93,7 +95,7 @@ def group_of(
     image: dict,  # of COCO
 ) -> tuple:  # the field and its value: sequence, scene or video; the image itself where there is none
     "Name what an image was drawn together with."
-    return next(((k, image[k]) for k in ("sequence", "scene", "video") if image.get(k) is not None), ("id", image["id"]))
+    return next(((k, image[k]) for k in ("sequence", "scene", "video") if image.get(k) is not None), ("id", image.get("id")))
 
 # %% ../../nbs/13a_counts.ipynb #c022
 def mix_counts(
@@ -275,6 +277,13 @@ def _say_distance(table: pd.DataFrame) -> str:
     return f"{said}, from {cm.min():.0f} to {cm.max():.0f} cm away (median {cm.median():.0f}, n = {len(cm)})."
 
 # %% ../../nbs/13a_counts.ipynb #c054
+def _say_seen_share(table: pd.DataFrame) -> str:
+    seen = table.visible_fraction.dropna().astype(float)
+    if not len(seen): return "How much of the tools is seen is not known."
+    return (f"Half of the tools show more than {seen.median():.0%} of themselves; {(seen < 0.5).mean():.0%} show less than half "
+            f"(n = {len(seen)}).")
+
+# %% ../../nbs/13a_counts.ipynb #c055
 def findings(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
@@ -284,7 +293,8 @@ def findings(
     per_image = Counter(a["image_id"] for a in coco["annotations"])
     said = dict(mix=mix_verdict(coco, asked), visibility=_say_visibility(table), heatmap=_say_places(coco),
                 angles=_say_angles(table), tools="There is no tool.", box_sizes="There is no box.",
-                opening=_say_opening(table), distance=_say_distance(table), splits=say_splits(coco))
+                opening=_say_opening(table), distance=_say_distance(table), splits=say_splits(coco),
+                seen_share=_say_seen_share(table))
     if len(table):
         few, many = np.percentile(table.box_share * 100, (10, 90))
         bare = len(coco["images"]) - len(per_image)
@@ -292,7 +302,7 @@ def findings(
         said["box_sizes"] = f"Eight of ten boxes take {few:.0f} to {many:.0f} % of their image."
     return said
 
-# %% ../../nbs/13a_counts.ipynb #c057
+# %% ../../nbs/13a_counts.ipynb #c058
 def dataset_verdict(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['fig_shares', 'fig_mix', 'fig_visibility', 'fig_box_sizes', 'fig_heatmap', 'fig_opening', 'fig_angles', 'fig_distance',
-           'fig_tools', 'fig_splits', 'all_figures', 'annotation_table', 'asked_mix', 'dataset_verdict', 'findings',
-           'mix_counts', 'mix_table', 'mix_verdict', 'say_mix', 'say_splits', 'split_members', 'split_table',
-           'summary_table']
+           'fig_seen_share', 'fig_tools', 'fig_splits', 'all_figures', 'annotation_table', 'asked_mix',
+           'dataset_verdict', 'findings', 'mix_counts', 'mix_table', 'mix_verdict', 'say_mix', 'say_splits',
+           'split_members', 'split_table', 'summary_table']
 
 # %% ../../nbs/13_stats.ipynb #c005
 _all_ = ["annotation_table", "asked_mix", "dataset_verdict", "findings", "mix_counts", "mix_table", "mix_verdict",
@@ -207,6 +207,21 @@ def fig_distance(
 
 # %% ../../nbs/13_stats.ipynb #c030
 @style()
+def fig_seen_share(
+    table: pd.DataFrame,  # of `annotation_table`
+) -> Figure:
+    "Show how much of the tools is seen."
+    fig, axes = new_figure(1, len(CLASSES), height_in=2.4, sharex=True)
+    for ax, category, name, colour in zip(axes, CLASSES, _NAMES, CLASS_COLOURS, strict=True):
+        seen = 100 * table.loc[table.category == category, "visible_fraction"].dropna().astype(float)
+        if not len(seen): _nothing(ax, f"visible fractions of {name}"); continue
+        ax.hist(seen, np.linspace(0, 100, 11), color=colour, edgecolor="white")
+        ax.set(title=f"{name} (n = {len(seen)})", xlabel="seen of the whole tool, %", ylabel="tools", xlim=(0, 100))
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    return fig
+
+# %% ../../nbs/13_stats.ipynb #c033
+@style()
 def fig_tools(
     coco: dict,
 ) -> Figure:
@@ -228,7 +243,7 @@ def fig_tools(
     fig.legend(loc="outside lower center", ncols=3)
     return fig
 
-# %% ../../nbs/13_stats.ipynb #c033
+# %% ../../nbs/13_stats.ipynb #c036
 @style()
 def fig_splits(
     coco: dict,
@@ -252,7 +267,7 @@ def fig_splits(
                loc="outside lower center", ncols=2)
     return fig
 
-# %% ../../nbs/13_stats.ipynb #c036
+# %% ../../nbs/13_stats.ipynb #c039
 def all_figures(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
@@ -261,4 +276,4 @@ def all_figures(
     table = annotation_table(coco)
     return {"mix": fig_mix(coco, asked), "visibility": fig_visibility(table), "box_sizes": fig_box_sizes(table),
             "heatmap": fig_heatmap(coco), "opening": fig_opening(table), "angles": fig_angles(table),
-            "distance": fig_distance(table), "tools": fig_tools(coco), "splits": fig_splits(coco)}
+            "distance": fig_distance(table), "seen_share": fig_seen_share(table), "tools": fig_tools(coco), "splits": fig_splits(coco)}
