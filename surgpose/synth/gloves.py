@@ -18,8 +18,8 @@ __all__ = ['LATEX', 'NITRILE', 'SKINS', 'SLEEVES', 'INKS', 'CUSTOMS', 'AROUND', 
            'arm_parts', 'stroke', 'pen_marks', 'hand_parts', 'plain_parts']
 
 # %% ../../nbs/21l_gloves.ipynb #c005
-LATEX = {"train": ((0.80, 0.79, 0.77), (0.84, 0.77, 0.66), (0.78, 0.62, 0.47)), "val": ((0.76, 0.78, 0.80), (0.82, 0.72, 0.58)),
-         "test": ((0.83, 0.80, 0.78), (0.74, 0.66, 0.54))}
+LATEX = {"train": ((0.66, 0.64, 0.62), (0.66, 0.58, 0.47), (0.56, 0.42, 0.30)), "val": ((0.60, 0.62, 0.64), (0.64, 0.54, 0.41)),
+         "test": ((0.65, 0.61, 0.60), (0.58, 0.50, 0.39))}
 NITRILE = {"train": ((0.10, 0.24, 0.52), (0.30, 0.52, 0.72), (0.16, 0.42, 0.33), (0.03, 0.03, 0.035)),
            "val": ((0.36, 0.26, 0.56),), "test": ((0.10, 0.50, 0.52),)}
 SKINS = {"train": ((0.62, 0.36, 0.25), (0.38, 0.20, 0.13), (0.72, 0.48, 0.37), (0.14, 0.07, 0.045)),
@@ -53,7 +53,7 @@ def sample_hand_look(
     skin, cloth = _tinted(rng, SKINS[split]), _tinted(rng, SLEEVES[split], 0.05)
     gown, marks, arm = rng.random() < gowned, rng.random() < marked and kind == "latex", rng.uniform(0.03, 0.06)
     arm_look = dict(colour=cloth, roughness=0.85) if gown else dict(colour=colour if kind == "bare" else skin, roughness=0.5)
-    glove = dict(colour=colour, roughness=rough, wrinkles_m=round(float(rng.uniform(0.0003, 0.0011)), 6) * (kind != "bare"),
+    glove = dict(colour=colour, roughness=rough, wrinkles_m=round(float(rng.uniform(0.0006, 0.0022)), 6) * (kind != "bare"),
                  blood=blood, seed=seed)
     rim = dict(colour=tuple(round(0.92 * c, 4) for c in colour), roughness=rough)
     shape = dict(seed=seed, cuff_m=round(float(arm + 0.03 * gown), 4), rim=kind != "bare", sleeve=bool(gown), marks=bool(marks))
@@ -118,7 +118,7 @@ def arm_parts(
     "Sweep an arm from the cuff to the elbow, and roll the glove's rim round it."
     rng, cuff_m = np.random.default_rng(shape["seed"]), shape["cuff_m"]
     s_m = np.linspace(cuff_m, ARM_M, 48 if shape["sleeve"] else 12)
-    grow_m = np.full((len(s_m), 1), -0.0012)
+    grow_m = np.full((len(s_m), 1), -0.0012 if shape["rim"] else 0.0)
     if shape["sleeve"]:
         wider = np.clip((s_m - cuff_m) / 0.05, 0, 1)[:, None]
         grow_m = 0.002 + 0.013 * wider + _folds(rng, s_m) * wider

@@ -41,6 +41,11 @@ def _ring(tool_m: np.ndarray, end_x_m: float, side: int) -> np.ndarray:
     return (mine.min(0) + mine.max(0)) / 2 if len(mine) > 8 else np.array([0.88 * end_x_m, 0.018 * side, 0])
 
 # %% ../../nbs/21j_grips.ipynb #c008
+def _on_shank(ring: np.ndarray, end_x_m: float, ahead_m: float, aside_m: float, above_m: float) -> list[float]:
+    x = min(ring[0] + ahead_m, 0.08 * end_x_m)  # not beyond the hinge
+    return [x, ring[1] * np.clip((x / end_x_m - 0.1) / 0.8, 0, 1) + aside_m, above_m]
+
+# %% ../../nbs/21j_grips.ipynb #c009
 def hold_rings(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of a needle holder
@@ -49,15 +54,14 @@ def hold_rings(
 ) -> Hold:
     "Put thumb and ring finger into the rings."
     a, b = _ring(tool_m, end_x_m, 1), _ring(tool_m, end_x_m, -1)
-    share = rng.uniform(0.15, 0.5)
-    index = [share * end_x_m, np.interp(share, (0.1, 0.9), (0, b[1])) - 0.003, 0.002 + radii_m[0]]
+    index = _on_shank(b, end_x_m, rng.uniform(0.045, 0.075), -0.003, 0.002 + radii_m[0])
     deep = rng.uniform(0.006, 0.014)
     ends = np.array([index, b + [0.020, -0.004, -0.008], b + [-0.004, 0, -deep - 0.004], b + [-0.019, -0.013, -0.010],
                      a + [0.004, 0, -deep]])
     return Hold(ends, np.array([1, 0.5, 1, 0.1, 1]), turned(0.3, 0.5, -0.5), BASES_M[1:3].mean(0),
                 (a + b) / 2 + [-0.012, -0.012, 0.045], (0.5, 0.4, 0.5), (0.020, 0.018, 0.015))
 
-# %% ../../nbs/21j_grips.ipynb #c009
+# %% ../../nbs/21j_grips.ipynb #c010
 def hold_in_palm(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of a needle holder
@@ -66,27 +70,33 @@ def hold_in_palm(
 ) -> Hold:
     "Lay the rings into the palm."
     a, b = _ring(tool_m, end_x_m, 1), _ring(tool_m, end_x_m, -1)
-    index = [rng.uniform(0.08, 0.35) * end_x_m, -0.004, 0.002 + radii_m[0]]
-    shank = rng.uniform(0.3, 0.6)
-    thumb = [shank * end_x_m, np.interp(shank, (0.1, 0.9), (0, a[1])) + 0.003 + radii_m[4], 0.003]
+    index = _on_shank(b, end_x_m, rng.uniform(0.060, 0.085), 0.0, 0.002 + radii_m[0])
+    thumb = _on_shank(a, end_x_m, rng.uniform(0.030, 0.055), 0.003 + radii_m[4], 0.003)
     ends = np.array([index, b + [0.014, 0.004, -0.012], b + [-0.002, 0.006, -0.014], b + [-0.016, 0.002, -0.012], thumb])
     return Hold(ends, np.array([1, 0.4, 0.4, 0.2, 1]), turned(0.1, 0.15, -0.35), np.array([0.060, 0, -0.030]),
                 (a + b) / 2 + [0.004, 0, 0.004], (0.4, 0.3, 0.5), (0.020, 0.012, 0.010))
 
-# %% ../../nbs/21j_grips.ipynb #c011
+# %% ../../nbs/21j_grips.ipynb #c012
 def _arms(tool_m: np.ndarray) -> tuple[float, float]:
     near = tool_m[np.abs(tool_m[:, 0]) < 0.05 * np.ptp(tool_m[:, 0])]
     return float(np.abs(near[:, 1]).max()), float(np.abs(near[:, 2]).max())
 
-# %% ../../nbs/21j_grips.ipynb #c012
-def _pinch(rng: np.random.Generator, tool_m: np.ndarray, radii_m: np.ndarray) -> np.ndarray:
-    (wide, high), fore = _arms(tool_m), rng.uniform(-0.006, 0.010)
-    index = np.array([fore + 0.005, -wide - 0.85 * radii_m[0], 0.001])
-    thumb = np.array([fore - 0.007, wide + 0.85 * radii_m[4], 0.001])
-    middle = [fore + 0.010, -rng.uniform(0.3, 1.0) * (wide + radii_m[1]), -high - 0.8 * radii_m[1]]
+# %% ../../nbs/21j_grips.ipynb #c013
+def _pinch(rng: np.random.Generator, tool_m: np.ndarray, radii_m: np.ndarray, stretch: float = 0.2) -> np.ndarray:
+    (wide, high), fore = _arms(tool_m), rng.uniform(-0.006, 0.020)
+    index = np.array([fore + 0.008, -wide - 0.85 * radii_m[0], 0.001])
+    thumb = np.array([fore - 0.004 - 0.020 * stretch, wide + 0.85 * radii_m[4], 0.001])
+    middle = [fore + 0.012, -rng.uniform(0.3, 1.0) * (wide + radii_m[1]), -high - 0.8 * radii_m[1]]
     return np.array([index, middle, middle + np.array([-0.006, -0.006, -0.016]), middle + np.array([-0.018, -0.012, -0.030]), thumb])
 
-# %% ../../nbs/21j_grips.ipynb #c013
+# %% ../../nbs/21j_grips.ipynb #c014
+def _seen_from_hand(x: np.ndarray, z: np.ndarray) -> np.ndarray:  # R_tool_hand, from the tool's axes in the hand's frame
+    x = x / np.linalg.norm(x)
+    z = z - (z @ x) * x
+    z = z / np.linalg.norm(z)
+    return np.stack([x, np.cross(z, x), z])
+
+# %% ../../nbs/21j_grips.ipynb #c015
 def hold_as_pencil(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of tweezers
@@ -94,12 +104,12 @@ def hold_as_pencil(
     radii_m: np.ndarray,  # (5,) of the fingers' ends
 ) -> Hold:
     "Hold it as one holds a pencil."
-    guess = np.array([[0.86, 0.30], [-0.06, 0.74], [-0.51, 0.42]])  # the tool's x and z, seen from the hand
-    x, z = np.linalg.qr(guess)[0].T * np.array([[-1], [-1]])
-    return Hold(_pinch(rng, tool_m, radii_m), np.array([1, 1, 0.3, 0.1, 1]), np.stack([x, np.cross(z, x), z]),
-                np.array([0.122, 0.027, -0.040]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.008, 0.008))
+    R = _seen_from_hand(np.array([0.88, -0.06, -0.47]), np.array([0.30, 0.74, 0.42]))
+    stretch = rng.uniform()
+    return Hold(_pinch(rng, tool_m, radii_m, stretch), np.array([1, 1, 0.3, 0.1, 1]), R,
+                np.array([0.127 + 0.022 * stretch, 0.025, -0.042 + 0.008 * stretch]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.008, 0.008))
 
-# %% ../../nbs/21j_grips.ipynb #c014
+# %% ../../nbs/21j_grips.ipynb #c016
 def hold_from_above(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of tweezers
@@ -107,24 +117,22 @@ def hold_from_above(
     radii_m: np.ndarray,  # (5,) of the fingers' ends
 ) -> Hold:
     "Hold it under the palm."
-    guess = np.array([[0.95, 0.10], [0.02, 0.25], [-0.30, 0.96]])
-    x, z = np.linalg.qr(guess)[0].T * np.array([[-1], [1]])
+    R = _seen_from_hand(np.array([0.95, 0.02, -0.30]), np.array([0.10, 0.25, 0.96]))
     ends = _pinch(rng, tool_m, radii_m)
     ends[1:4] = ends[0] + np.array([[0.006, -0.004, -0.014], [-0.006, -0.012, -0.019], [-0.022, -0.020, -0.019]])
-    return Hold(ends, np.array([1, 1, 0.3, 0.1, 1]), np.stack([x, np.cross(z, x), z]),
-                np.array([0.116, 0.038, -0.052]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.010, 0.010))
+    return Hold(ends, np.array([1, 1, 0.3, 0.1, 1]), R, np.array([0.120, 0.038, -0.052]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.010, 0.010))
 
-# %% ../../nbs/21j_grips.ipynb #c015
+# %% ../../nbs/21j_grips.ipynb #c017
 HOLDS = {"needle_holder": {"rings": hold_rings, "palm": hold_in_palm},
          "tweezers": {"pencil": hold_as_pencil, "above": hold_from_above}}
 GRIPS = {name: tuple(styles) for name, styles in HOLDS.items()}
 FIRST_STYLE = 0.72  # share of the first of them
 
-# %% ../../nbs/21j_grips.ipynb #c018
+# %% ../../nbs/21j_grips.ipynb #c020
 def _outside(value: np.ndarray, low: float, high: float, unit: float) -> np.ndarray:
     return (np.clip(low - value, 0, None) + np.clip(value - high, 0, None)) ** 2 / unit**2
 
-# %% ../../nbs/21j_grips.ipynb #c019
+# %% ../../nbs/21j_grips.ipynb #c021
 def _strain(finger: int, joints_m: np.ndarray, bend: np.ndarray) -> np.ndarray:
     first = joints_m[:, 1] - joints_m[:, 0]
     first = first / np.linalg.norm(first, axis=1, keepdims=True)
@@ -133,9 +141,9 @@ def _strain(finger: int, joints_m: np.ndarray, bend: np.ndarray) -> np.ndarray:
         down = np.degrees(np.arcsin(np.clip(-first[:, 2], -1, 1)))
         return _outside(bend, 3, 55, 8) + _outside(side, 0, 50, 8) + _outside(down, -10, 50, 8)
     down = np.degrees(np.arctan2(-first[:, 2], first[:, 0]))
-    return _outside(down, -15, 75, 10) + _outside(side, -6 * finger, 18 - 7 * finger, 6) + _outside(bend, 12, 90, 12)
+    return _outside(down, -15, 75, 10) + _outside(side, -6 * finger, 18 - 7 * finger, 6) + _outside(bend, 10, (60, 65, 80, 90)[finger], 12)
 
-# %% ../../nbs/21j_grips.ipynb #c020
+# %% ../../nbs/21j_grips.ipynb #c022
 PALM_BONES = hand_capsules(relaxed(np.random.default_rng(0)))[:5]
 
 def _judge(
@@ -153,7 +161,7 @@ def _judge(
     over = np.degrees(np.arcsin(np.clip(top @ up, -1, 1)))
     return cost + _outside(clear, 0, 1, 0.004) + _outside(astray, 0, 30, 12) + _outside(over, 5, 90, 15), np.stack(joints, 1)
 
-# %% ../../nbs/21j_grips.ipynb #c022
+# %% ../../nbs/21j_grips.ipynb #c024
 def settle(
     rng: np.random.Generator,
     hold: Hold,
@@ -175,7 +183,7 @@ def settle(
         R, t, best = Rs[i], ts[i], (joints[i], float(cost[i]))
     return rigid(R, t), *best
 
-# %% ../../nbs/21j_grips.ipynb #c026
+# %% ../../nbs/21j_grips.ipynb #c028
 def _towards(elbow_hand: np.ndarray, most_deg: float = 35.0) -> np.ndarray:
     straight, e = np.array([-1.0, 0, 0]), elbow_hand / np.linalg.norm(elbow_hand)
     if e @ straight >= np.cos(np.radians(most_deg)): return e
@@ -183,7 +191,7 @@ def _towards(elbow_hand: np.ndarray, most_deg: float = 35.0) -> np.ndarray:
     off = off / (np.linalg.norm(off) + 1e-12)
     return np.cos(np.radians(most_deg)) * straight + np.sin(np.radians(most_deg)) * off
 
-# %% ../../nbs/21j_grips.ipynb #c027
+# %% ../../nbs/21j_grips.ipynb #c029
 def grip(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -215,7 +223,7 @@ def grip(
     look = {**look, "shape": {**look["shape"], "left": left, "grip": style}}
     return Occluder("hand", capsules, 0.006, holds=holds, travel_m=placed.travel_m, **look)
 
-# %% ../../nbs/21j_grips.ipynb #c031
+# %% ../../nbs/21j_grips.ipynb #c033
 def free_hand(
     rng: np.random.Generator,
     spot_m: np.ndarray,  # (3,) world, where a finger's end is

@@ -16,12 +16,12 @@ from ..files import read_json
 from ..geometry import camera_matrix, look_at, rigid, scale_camera
 from ..schema import HANDLE, TIP
 from .parts import Camera, Occluder, ToolPlacement
+from .steel import sample_materials
 from .tools import build_tool, opening_range, sample_asset
 
 # %% auto #0
-__all__ = ['read_camera', 'sample_intrinsics', 'pick', 'split_of', 'own_share', 'obj_file', 'choose_asset', 'sample_materials',
-           'sample_opening', 'turned', 'place_tool', 'length_m', 'sample_camera', 'move_into_view', 'sample_travel',
-           'set_in_motion']
+__all__ = ['read_camera', 'sample_intrinsics', 'pick', 'split_of', 'own_share', 'obj_file', 'choose_asset', 'sample_opening',
+           'turned', 'place_tool', 'length_m', 'sample_camera', 'move_into_view', 'sample_travel', 'set_in_motion']
 
 # %% ../../nbs/21b_placing.ipynb #c005
 def read_camera(
@@ -105,30 +105,15 @@ def choose_asset(
 ) -> dict:  # an asset
     "Take an OBJ file where there is one to take, else draw a parametric tool of the scene's split."
     path = obj_file(class_name, index, cfg)
-    if path is None: return sample_asset(class_name, rng, split=split or split_of(index, cfg.val_share)[0])
+    if path is None:
+        asset = sample_asset(class_name, rng, split=split or split_of(index, cfg.val_share)[0])
+        if class_name == "needle_holder": asset["params"]["gold_rings"] = bool(rng.random() < cfg.gold_share)
+        return asset
     from surgpose.synth.mesh_import import import_obj
 
     return import_obj(path, (cfg.kps_dir or path.parent) / f"{path.stem}_kps.json", class_name)
 
-# %% ../../nbs/21b_placing.ipynb #c028
-def sample_materials(
-    rng: np.random.Generator,
-    cfg: RenderConfig,
-    class_name: str,
-    *,
-    family: str = "",  # of a theatre, where there is blood; "" elsewhere
-    split: str = "train",  # train, val or test
-) -> dict:  # role -> a material, see synth.dress
-    "Draw a tool's materials."
-    roughness = float(np.exp(rng.uniform(*np.log(np.maximum(cfg.roughness, 1e-3)))))
-    steel = rng.uniform(0.45, 0.9) * (1 + rng.uniform(-0.05, 0.05, 3))
-    gold = np.array([0.9, 0.62, 0.25]) * rng.uniform(0.7, 1.05)
-    insert = rng.uniform(0.1, 0.45) * np.ones(3)
-    looks = dict(steel=(steel, roughness), gold=(gold, 0.8 * roughness), insert=(insert, 0.5))
-    return {role: dict(colour=colour.round(4).tolist(), roughness=round(float(rough), 4), metallic=1.0)
-            for role, (colour, rough) in looks.items()}
-
-# %% ../../nbs/21b_placing.ipynb #c031
+# %% ../../nbs/21b_placing.ipynb #c029
 def sample_opening(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -139,7 +124,7 @@ def sample_opening(
     share = least + (most - least) * rng.beta(0.8, 1.2)
     return float(low + (high - low) * share * (rng.random() >= cfg.closed_share))
 
-# %% ../../nbs/21b_placing.ipynb #c035
+# %% ../../nbs/21b_placing.ipynb #c033
 def turned(
     yaw_rad: float,  # about the vertical, last
     tilt_rad: float,  # about y; positive lowers the tip
@@ -154,7 +139,7 @@ def turned(
         R = step @ R
     return R
 
-# %% ../../nbs/21b_placing.ipynb #c038
+# %% ../../nbs/21b_placing.ipynb #c036
 def place_tool(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -178,7 +163,7 @@ def place_tool(
     return ToolPlacement(asset, asset["class"], T_world_tool, opening,
                          sample_materials(rng, cfg, asset["class"], family=family, split=split), held)
 
-# %% ../../nbs/21b_placing.ipynb #c042
+# %% ../../nbs/21b_placing.ipynb #c040
 def length_m(
     placed: ToolPlacement,
 ) -> float:  # from tip to the end of the handle
@@ -186,7 +171,7 @@ def length_m(
     xyz_m = build_tool(placed.asset, placed.opening_deg).keypoints_m
     return float(np.linalg.norm(xyz_m[TIP] - xyz_m[HANDLE]))
 
-# %% ../../nbs/21b_placing.ipynb #c045
+# %% ../../nbs/21b_placing.ipynb #c043
 def sample_camera(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -202,7 +187,7 @@ def sample_camera(
     target = np.array([*(rng.uniform(-0.8, 0.8, 2) * spare_m), first.T_world_tool[2, 3]])
     return Camera(K, width, height, look_at(target + distance * towards, target, rng.normal(0, 0.15)))
 
-# %% ../../nbs/21b_placing.ipynb #c049
+# %% ../../nbs/21b_placing.ipynb #c047
 def move_into_view(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -216,7 +201,7 @@ def move_into_view(
     T[:2, 3] += (eye + ray * (T[2, 3] - eye[2]) / ray[2])[:2]
     return replace(placed, T_world_tool=T)
 
-# %% ../../nbs/21b_placing.ipynb #c053
+# %% ../../nbs/21b_placing.ipynb #c051
 def sample_travel(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -230,7 +215,7 @@ def sample_travel(
     along = np.array([np.cos(heading) / camera.K[0, 0], np.sin(heading) / camera.K[1, 1], deep / camera.K[0, 0]])
     return tuple((R @ (pixels * depth * along)).round(6).tolist())
 
-# %% ../../nbs/21b_placing.ipynb #c057
+# %% ../../nbs/21b_placing.ipynb #c055
 def set_in_motion(
     rng: np.random.Generator,
     cfg: RenderConfig,
