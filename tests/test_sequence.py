@@ -63,8 +63,9 @@ def test_a_frame_knows_its_place(moving):
 
 def test_only_what_moves_moves(moving):
     def still(s: Scene) -> list:
-        kept = [plain(getattr(s, f)) for f in ("lights", "props", "world", "background", "split", "family")]
-        return [*kept, [(t.asset, t.material, t.held) for t in s.tools], [o.kind for o in s.occluders]]
+        kept = [plain(getattr(s, f)) for f in ("lights", "world", "background", "split", "family")]
+        return [*kept, [plain(p) for p in s.props if p.kind != "thread"],
+                [(t.asset, t.material, t.held) for t in s.tools], [o.kind for o in s.occluders]]
 
     assert all(still(s) == still(moving[0]) for s in moving[1:])
     for i, tool in enumerate(moving[0].tools):
@@ -242,6 +243,9 @@ def test_two_workers_make_the_same_clips(dataset, tmp_path):
     other = render(tmp_path / "two", cfg, seed=4, device="cpu", progress=False)
     for name in ("coco_annotations.json", "scenes.jsonl", "sequences/000001_c2_coco.json"):
         assert (other / name).read_bytes() == (dataset / name).read_bytes(), name
+    for image in (dataset / "images").iterdir():
+        difference = read_image(image).astype(float) - read_image(other / "images" / image.name)
+        assert (difference**2).mean() < 30, f"{image.name} depends on what its process drew before"
     assert video_info(other / "sequences" / "000001.mp4").frames == 3
 
 

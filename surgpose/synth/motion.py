@@ -14,16 +14,16 @@ from ..config import RenderConfig
 from ..geometry import invert_rigid, rigid, transform
 from ..schema import TIP
 from .hands import transform_capsules
-from .parts import Camera, Occluder, Scene, ToolPlacement
+from .parts import Camera, Occluder, Prop, Scene, ToolPlacement
 from .tools import build_tool, opening_range
 
 if TYPE_CHECKING:
     from scipy.interpolate import BSpline
 
 # %% auto #0
-__all__ = ['REST', 'STEP_LENGTH', 'TURN_RAD', 'FINGER_M', 'FADE_M', 'SWAY_TURN', 'glide', 'wander', 'tip_way', 'opening_way',
-           'Way', 'tool_way', 'moved', 'blurred', 'follow', 'regripped', 'drifting', 'sway_way', 'swayed', 'timing',
-           'in_motion']
+__all__ = ['REST', 'STEP_LENGTH', 'TURN_RAD', 'FINGER_M', 'FADE_M', 'SWAY_TURN', 'NEEDLE_M', 'glide', 'wander', 'tip_way',
+           'opening_way', 'Way', 'tool_way', 'moved', 'blurred', 'follow', 'regripped', 'drifting', 'sway_way',
+           'swayed', 'tip_of', 'pulled', 'timing', 'in_motion']
 
 # %% ../../nbs/21m_motion.ipynb #c005
 def glide(
@@ -201,13 +201,35 @@ def swayed(
     return tuple(replace(c, T_world_cam=T @ c.T_world_cam) for c in cameras)
 
 # %% ../../nbs/21m_motion.ipynb #c040
+NEEDLE_M = 0.004  # a thread that ends this near to a tip is held by it
+
+def tip_of(
+    placed: ToolPlacement,
+) -> np.ndarray:  # (3,) world, m
+    "Tell where a tool's tip is."
+    return transform(placed.T_world_tool, build_tool(placed.asset, placed.opening_deg).keypoints_m[TIP, None])[0]
+
+
+def pulled(
+    thread: Prop,
+    tips_m: list[tuple[np.ndarray, np.ndarray]],  # of each tool: (3,) in the still scene and (3,) now, world
+) -> Prop:
+    "Pull a thread along with the tip that holds it."
+    points = transform(thread.T_world_prop, np.array(thread.shape["points_m"]))
+    share = np.clip(np.linspace(-1, 1, len(points)), 0, 1)[:, None]
+    for was, now in tips_m:
+        if np.linalg.norm(points[-1] - was) < NEEDLE_M: points = points + share * (now - was)
+    points = transform(invert_rigid(thread.T_world_prop), points).round(6)
+    return replace(thread, shape={**thread.shape, "points_m": points.tolist()})
+
+# %% ../../nbs/21m_motion.ipynb #c044
 def timing(
     cfg: RenderConfig,
 ) -> tuple[int, float]:  # frames of a sequence, 0 for still scenes; frames per second
     "Tell how long sequences are."
     return int(cfg.sequence.get("frames", 0)), float(cfg.sequence.get("fps", 12.0))
 
-# %% ../../nbs/21m_motion.ipynb #c042
+# %% ../../nbs/21m_motion.ipynb #c046
 def in_motion(
     still: Scene,
     frame: int,
@@ -226,5 +248,8 @@ def in_motion(
         drift = tip_way(rng, seconds, 0.3e-3 * rng.uniform(*cfg.speed_mm_s), 0.01)
         if thing.holds is not None: things.append(regripped(thing, still.tools[thing.holds], tools[thing.holds]))
         else: things.append(thing if thing.kind == "blob" else drifting(thing, drift, t_s, exposure_s))
+    tips = [(tip_of(was), tip_of(now)) for was, now in zip(still.tools, tools, strict=True)]
+    props = tuple(pulled(p, tips) if p.kind == "thread" else p for p in still.props)
     post = replace(still.post, seed=(still.post.seed + frame) % 2**31)
-    return replace(still, tools=tuple(tools), occluders=tuple(things), cameras=cameras, post=post, frame=frame, t_s=round(t_s, 6))
+    return replace(still, tools=tuple(tools), occluders=tuple(things), props=props, cameras=cameras, post=post,
+                   frame=frame, t_s=round(t_s, 6))
