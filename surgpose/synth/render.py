@@ -168,17 +168,21 @@ def draw_missing(
 # %% ../../nbs/23_render.ipynb #c029
 def _go_on(out: Path, cfg: RenderConfig, facts: dict, device: str, progress: bool) -> None:
     sweep(out); finish_move(out)
-    missing = [i for i in range(cfg.images) if i not in finished_records(out)]
+    records = finished_records(out)
+    missing = [i for i in range(cfg.images) if i not in records]
     if not missing and is_assembled(out): return
     check_space(out, cfg, len(missing))
     devices = read_json(out / MANIFEST).get("devices", []) if (out / MANIFEST).is_file() else []
     write_json(out / RECORDS / "render.json", facts)
     try: failed = draw_missing(out, cfg, missing, seed=facts["seed"], device=device, progress=progress) if missing else {}
-    finally: sweep(out)
+    finally:
+        sweep(out)
+        if not any((out / RECORDS).glob("[0-9]*.json")): shutil.rmtree(out / RECORDS, ignore_errors=True)  # as if not begun
     records = finished_records(out)
     if lost := [i for i in missing if i not in records and str(i) not in failed]:
         raise RuntimeError(f"{out}: {len(lost)} drawn scenes are not there, or differ from their records, like {lost[0]}; the same "
                            "command draws them again")
+    if not records: raise RuntimeError(f"{out}: no scene could be drawn; scene {min(failed)}: {failed[min(failed)]}")
     devices = sorted({*devices, *(r["device"] for r in records.values() if "device" in r)})
     assemble(out, records, {**facts, "devices": devices, "failed": failed})
 
