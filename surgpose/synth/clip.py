@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from ..config import RenderConfig
 from ..data.coco import new_coco, write_coco
 from ..data.video import write_video
 from ..files import read_json
-from ..geometry import camera_matrix, look_at, rigid
-from ..schema import HANDLE, HINGE, TIP
-from .hands import hand_capsules, transform_capsules
+from ..geometry import camera_matrix, invert_rigid, look_at, rigid
+from ..schema import TIP
+from .grips import grip
+from .hands import transform_capsules
 from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlacement, World
 from .placing import sample_materials, turned
 from .tools import build_tool, opening_range, sample_asset
@@ -51,7 +53,7 @@ def tool_path(
     cfg: RenderConfig,
 ) -> list[ToolPlacement]:  # one per frame
     "Move one tool."
-    asset, material = sample_asset(class_name, rng, split="test"), sample_materials(rng, cfg)
+    asset, material = sample_asset(class_name, rng, split="test"), sample_materials(rng, cfg, class_name, split="test")
     low, high = opening_range(asset)
     share = np.clip(0.4 + drift(rng, t_s, 0.35), 0, 1) * (0.5 if class_name == "needle_holder" else 0.9)
     turns = np.stack([yaw_rad + drift(rng, t_s, 0.15), 0.4 + drift(rng, t_s, 0.08),
@@ -71,16 +73,11 @@ def held_by(
     colour: tuple[float, float, float],
 ) -> list[Occluder]:  # one per frame
     "Put one and the same gloved hand on a tool in all frames."
-    first = path[0]
-    tool = build_tool(first.asset, first.opening_deg)
-    share = 0.1 if first.class_name == "tweezers" else 0.7
-    at = tool.keypoints_m[HINGE] * (1 - share) + tool.keypoints_m[HANDLE] * share
-    capsules, pinch = hand_capsules(rng, rng.uniform(0.7, 0.9), 1.0)
-    if first.T_world_tool[2, 2] < 0: raise ValueError("held_by: expected a tool whose z axis points up")
-    T_tool_hand = rigid(turned(rng.normal(0, 0.2), rng.uniform(0, 0.3), rng.choice([-1, 1]) * rng.uniform(0.3, 0.7)))
-    T_tool_hand[:3, 3] = at - T_tool_hand[:3, :3] @ pinch
-    skins = [transform_capsules(p.T_world_tool @ T_tool_hand, capsules) for p in path]
-    return [Occluder("hand", skin, 0.006, colour, 0.5) for skin in skins]
+    hand = grip(rng, path[0], split="test")
+    material = hand.material | dict(glove=hand.material["glove"] | dict(colour=colour))
+    back = invert_rigid(path[0].T_world_tool)
+    moved = [transform_capsules(p.T_world_tool @ back, hand.capsules) for p in path]
+    return [replace(hand, capsules=skin, colour=colour, material=material) for skin in moved]
 
 # %% ../../nbs/24_clip.ipynb #c016
 def suction(
