@@ -69,7 +69,7 @@ HDRI = ({".hdr", ".exr"}, "worlds")
 PHOTO = ({".jpg", ".jpeg", ".png"}, "photos")
 
 # %% ../../nbs/21c_surroundings.ipynb #c015
-WORLDS = {"train": ("city", "courtyard", "interior", "studio", "sunrise", "night"), "val": ("forest", "sunset")}
+WORLDS = {"train": ("city", "interior", "studio", "sunrise", "night"), "val": ("forest", "sunset"), "test": ("courtyard",)}
 
 def sample_world(
     rng: np.random.Generator,
