@@ -130,7 +130,7 @@ PROFILES: dict[str, dict] = {
         refine=dict(epochs=4, lr0=5e-4, min_frames=2),
     ),
     "cpu": dict(
-        render=dict(images=1000, width=640, height=480, workers=2, samples=6, val_share=0.15),
+        render=dict(images=1000, width=640, height=480, workers=2, samples=4, val_share=0.15),
         train=dict(imgsz=416, epochs=40, batch=16, warmup_epochs=3.0),
     ),
     "paper": dict(

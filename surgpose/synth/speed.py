@@ -92,12 +92,12 @@ def compare_ways(
     count: int = 4,  # scenes
     rounds: int = 2,  # each way once a round, every other round backwards
     defaults: bool = False,  # way a too: minutes an image
-    truth_samples: int = 128,  # per pixel, without denoiser, to measure PSNR against
+    truth_samples: int = 128,  # per pixel, to measure PSNR against
     seed: int = 0,
 ) -> pd.DataFrame:  # way, samples, seconds an image (median, least, most), PSNR
     "Draw the same scenes every way and time it."
     scenes = bench_scenes(cfg, count, seed)
-    truth = draw_ours(scenes, cfg.model_copy(update=dict(samples=truth_samples, denoise=False)))[1]
+    truth = draw_ours(scenes, cfg.model_copy(update=dict(samples=truth_samples)))[1]
     quality: dict[str, float] = {}
     def ours(name: str, samples: int) -> float:
         seconds, images = draw_ours(scenes, cfg.model_copy(update=dict(samples=samples)))
