@@ -156,7 +156,7 @@ def say_mix(
     "Say whether names came out as asked."
     n = sum(counts.values())
     if not n: return f"There are no {what}, so there is no mix to judge."
-    parts = [f"{k} {v}" + (f" ({n * shares[k]:.1f} expected)" if k in shares else "") for k, v in counts.items()]
+    parts = [f"{k}: {v}" + (f" ({n * shares[k]:.1f} expected)" if k in shares else "") for k, v in counts.items()]
     said = f"Of {n} {what}, {', '.join(parts)}"
     stray, live = [k for k in counts if counts[k] and not shares.get(k)], [k for k in shares if shares[k]]
     if not shares: return f"{said}; what was asked for is not known."

@@ -96,7 +96,7 @@ def say_pixels(
     renders, _, real = compared.columns[:3]
     telling = compared[np.abs(compared.below.astype(float) - 0.5) >= CLEAR - 0.5]
     rest = [name for name in compared.index if name not in telling.index]
-    counts = f"{n[0]} {renders} and {n[1]} {real} frames"
+    counts = f"{n[0]} {renders.replace('_', ' ')} and {n[1]} {real} frames"
     if not len(telling): return f"None of {len(compared)} numbers tells {counts} apart in {CLEAR:.0%} of the pairs."
     parts = [f"{name} ({row[renders]:.0f} against {row[real]:.0f} {row.unit.split()[0]})" for name, row in telling.iterrows()]
     parts = [p.replace(" grey)", ")") for p in parts]
@@ -116,7 +116,8 @@ def fig_pixels(
     if not len(groups[renders]) or not len(groups[real]):
         ax.set_axis_off(); ax.text(0.5, 0.5, "nothing to compare", ha="center", transform=ax.transAxes)
         return fig
-    for (name, part), colour, marker, lift in zip(groups.items(), ("#882255", "#111111"), "o^", (-0.16, 0.16), strict=True):
+    look = zip(groups.items(), ("#882255", "#111111"), "o^", (-0.16, 0.16), strict=True)
+    for (name, part), colour, marker, lift in look:
         for y, k in enumerate(STATISTICS):
             unit = max(groups[renders][k].std(ddof=0), 1e-6)
             x = ((part[k] - groups[renders][k].mean()) / unit).clip(-8, 8)
@@ -124,7 +125,7 @@ def fig_pixels(
                        label=f"{name} (n = {len(part)})" if not y else None)
     ax.set_yticks(range(len(STATISTICS)), STATISTICS); ax.invert_yaxis()
     ax.axvspan(-2, 2, color="#882255", alpha=0.07, linewidth=0)
-    ax.set(xlabel="off the mean of the renders, in their own spreads (cut at 8)",
-           title=f"Renders and real frames (n = {len(table)} pictures)")
+    ax.set(xlabel=f"off the mean of {renders.replace('_', ' ')}, in its own spreads (cut at 8)",
+           title=f"Renders and real frames (n = {sum(map(len, groups.values()))} pictures)")
     fig.legend(loc="outside lower center", ncols=2)
     return fig

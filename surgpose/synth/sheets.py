@@ -16,7 +16,7 @@ from ..config import project_root, shared_dir
 from ..data.coco import read_coco
 from ..data.draw import contact_sheet, text_strip
 from ..data.overlay import dataset_sheet, labelled_pictures
-from ..data.pixels import pixel_table
+from ..data.pixels import compare_pixels, pixel_table, say_pixels
 from ..data.video import read_video, video_info
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SHARED_CLIP', 'kind_of_image', 'strategy_sheets', 'find_footage', 'real_frames', 'theatre_pictures', 'side_by_side',
-           'theatre_sheet', 'theatre_pixels']
+           'theatre_sheet', 'theatre_pixels', 'likeness']
 
 # %% ../../nbs/25a_sheets.ipynb #c007
 def kind_of_image(
@@ -91,11 +91,13 @@ def side_by_side(
     *,
     titles: tuple[str, str],
     captions: Sequence[str] | None = None,  # of the left ones
-    width: int = 240,  # px of a picture on the left; those on the right are half as wide again
+    width: int = 240,  # px of a picture on the left; those on the right are as wide as makes both sides as high
 ) -> np.ndarray:  # (H, W, 3)
     "Lay two sets of pictures side by side, four columns and one."
     parts = [contact_sheet(left, columns=4, width=width, captions=captions)]
-    if right: parts.append(contact_sheet(right, columns=1, width=round(1.5 * width)))
+    if right:
+        fitting = parts[0].shape[0] / sum(im.shape[0] / im.shape[1] for im in right)
+        parts.append(contact_sheet(right, columns=1, width=round(np.clip(fitting, width, 2 * width))))
     parts = [cv2.vconcat([text_strip(t, p.shape[1], 30), p]) for t, p in zip(titles, parts, strict=False)]
     height = max(p.shape[0] for p in parts)
     white = dict(borderType=cv2.BORDER_CONSTANT, value=(255, 255, 255))
@@ -121,7 +123,20 @@ def theatre_pixels(
     real_video: Path | None,  # real footage
     *,
     frames: int = 24,  # most of the real video
-    renders: int = 100,  # most of the theatre
-) -> pd.DataFrame:  # of `pixel_table`; sets `rendered` and `real`
+    renders: int = 60,  # most of each family
+) -> pd.DataFrame:  # of `pixel_table`; the sets are the families' names, and `real`
     "Describe the theatre's renders and a real video's frames by plain numbers."
-    return pixel_table({"rendered": theatre_pictures(folder, renders)[0], "real": real_frames(real_video, frames)})
+    kinds = {kind_of_image(im) for im in read_coco(Path(folder) / "coco_annotations.json")["images"]}
+    sets = {kind.split(": ")[-1]: labelled_pictures(folder, renders, wanted=lambda im, kind=kind: kind_of_image(im) == kind, labels=False)[0]
+            for kind in sorted(kinds) if kind.startswith("theatre")}
+    return pixel_table({**sets, "real": real_frames(real_video, frames)})
+
+
+def likeness(
+    pixels: pd.DataFrame,  # of `theatre_pixels`
+) -> dict[str, tuple[pd.DataFrame, str]]:  # family -> `compare_pixels`' table, one or two sentences; the most alike first
+    "Tell what each family of the theatre has in common with the real frames, and what not."
+    counts = pixels.set.value_counts()
+    tables = {name: compare_pixels(pixels, name) for name in counts.index if name != "real"} if "real" in counts else {}
+    order = sorted(tables, key=lambda name: float(np.abs(tables[name].below.astype(float) - 0.5).mean()))
+    return {name: (tables[name], say_pixels(tables[name], n=(counts[name], counts["real"]))) for name in order}
