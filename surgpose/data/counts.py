@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .splits import group_of, say_splits
 from ..files import read_json
 from ..schema import CLASSES, HANDLE, KEYPOINTS, TIP, class_name
 
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['annotation_table', 'summary_table', 'group_of', 'mix_counts', 'with_shares', 'mix_table', 'chance_of', 'say_mix',
-           'mix_verdict', 'asked_mix', 'split_members', 'in_two_splits', 'split_table', 'say_splits', 'findings',
-           'dataset_verdict']
+__all__ = ['annotation_table', 'summary_table', 'mix_counts', 'with_shares', 'mix_table', 'chance_of', 'say_mix', 'mix_verdict',
+           'asked_mix', 'findings', 'dataset_verdict']
 
 # %% ../../nbs/13a_counts.ipynb #c007
 _COLUMNS = ("annotation_id", "image_id", "category", "strategy", "split", "width_px", "height_px",
@@ -91,13 +91,6 @@ def summary_table(
     return pd.DataFrame(tidy, index=list(sums["all"]), dtype=object)
 
 # %% ../../nbs/13a_counts.ipynb #c019
-def group_of(
-    image: dict,  # of COCO
-) -> tuple:  # the field and its value: sequence, scene or video; the image itself where there is none
-    "Name what an image was drawn together with."
-    return next(((k, image[k]) for k in ("sequence", "scene", "video") if image.get(k) is not None), ("id", image.get("id")))
-
-# %% ../../nbs/13a_counts.ipynb #c022
 def mix_counts(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight; None where nobody knows
@@ -117,7 +110,7 @@ def with_shares(
     counts = Counter(map(str, drawn))
     return {k: counts[k] for k in [*shares, *sorted(set(counts) - set(shares))]}, shares
 
-# %% ../../nbs/13a_counts.ipynb #c026
+# %% ../../nbs/13a_counts.ipynb #c023
 def mix_table(
     counts: Mapping[str, int],
     shares: Mapping[str, float],  # asked, adding up to 1; empty where nobody knows
@@ -134,7 +127,7 @@ def mix_table(
     columns = ("asked, %", "expected", "got", "got, %", "chance from", "chance to")
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
 
-# %% ../../nbs/13a_counts.ipynb #c030
+# %% ../../nbs/13a_counts.ipynb #c027
 def chance_of(
     got: np.ndarray,  # (N,) draws
     shares: np.ndarray,  # (N,) asked, above 0, adding up to 1
@@ -147,7 +140,7 @@ def chance_of(
     off = ((np.vstack([got, draws]) - n * shares) ** 2 / (n * shares)).sum(1)
     return float((off >= off[0] - 1e-9).mean()), "simulated"
 
-# %% ../../nbs/13a_counts.ipynb #c033
+# %% ../../nbs/13a_counts.ipynb #c030
 def say_mix(
     counts: Mapping[str, int],
     shares: Mapping[str, float],  # asked, adding up to 1; empty where nobody knows
@@ -178,7 +171,7 @@ def mix_verdict(
     kinds = {group_of(im)[0] for im in coco["images"]} if sum(counts.values()) < len(coco["images"]) else {"id"}
     return say_mix(counts, shares, {"scene": "scenes", "sequence": "sequences"}.get(min(kinds), "images"))
 
-# %% ../../nbs/13a_counts.ipynb #c037
+# %% ../../nbs/13a_counts.ipynb #c034
 def asked_mix(
     folder: Path | str,  # a dataset folder
 ) -> dict[str, float] | None:  # strategy -> weight; None where nothing tells
@@ -187,64 +180,14 @@ def asked_mix(
     config = (read_json(path).get("config") or {}) if path.is_file() else {}
     return (config.get("render") or config).get("strategy_mix")
 
-# %% ../../nbs/13a_counts.ipynb #c040
-def split_members(
-    coco: dict,
-) -> dict[str, dict[str, set]]:  # scenes and tools -> split -> who lies in it
-    "Collect the scenes and the tools of every split."
-    splits = {im["id"]: im.get("split", "all") for im in coco["images"]}
-    found: dict[str, dict[str, set]] = {k: {s: set() for s in sorted(set(splits.values()))} for k in ("scenes", "tools")}
-    for im in coco["images"]: found["scenes"][splits[im["id"]]].add(group_of(im))
-    for a in coco["annotations"]:
-        if a.get("asset"): found["tools"][splits[a["image_id"]]].add(a["asset"])
-    return found
-
-# %% ../../nbs/13a_counts.ipynb #c042
-def in_two_splits(
-    coco: dict,
-) -> dict[str, set]:  # scenes and tools -> those that lie in more than one split
-    "Find what splits share."
-    counted = {kind: Counter(n for names in parts.values() for n in names) for kind, parts in split_members(coco).items()}
-    return {kind: {name for name, times in c.items() if times > 1} for kind, c in counted.items()}
-
-
-def split_table(
-    coco: dict,
-) -> pd.DataFrame:  # a row per split
-    "Count images and annotations, scenes and tools of every split, and what it shares with others."
-    import pandas as pd
-    members, shared = split_members(coco), in_two_splits(coco)
-    splits = {im["id"]: im.get("split", "all") for im in coco["images"]}
-    sizes, rows = (Counter(splits.values()), Counter(splits[a["image_id"]] for a in coco["annotations"])), {}
-    for split in members["scenes"]:
-        own = {kind: parts[split] for kind, parts in members.items()}
-        rows[split] = {"images": sizes[0][split], "annotations": sizes[1][split], "scenes": len(own["scenes"]),
-                       "scenes of other splits": len(own["scenes"] & shared["scenes"]),
-                       "different tools": len(own["tools"]), "tools of other splits": len(own["tools"] & shared["tools"])}
-    return pd.DataFrame(rows).T
-
-# %% ../../nbs/13a_counts.ipynb #c045
-def say_splits(
-    coco: dict,
-) -> str:  # one or two sentences
-    "Say whether splits are apart."
-    members, shared = split_members(coco), in_two_splits(coco)
-    if len(members["scenes"]) < 2: return "There is one split, so nothing can lie in two."
-    said = ", ".join(f"{len(names)} in {split}" for split, names in members["scenes"].items())
-    scenes, tools = (len(shared[k]) for k in ("scenes", "tools"))
-    first = f"{scenes} scenes lie in two splits: scores on validation will flatter" if scenes else "No scene lies in two splits"
-    if not any(members["tools"].values()): return f"{first} ({said})."
-    held = f"{tools} tools are in more than one" if tools else "and no tool does"
-    return f"{first} ({said}), {held} ({', '.join(f'{len(v)} in {k}' for k, v in members['tools'].items())})."
-
-# %% ../../nbs/13a_counts.ipynb #c049
+# %% ../../nbs/13a_counts.ipynb #c037
 def _say_visibility(table: pd.DataFrame) -> str:
     seen = (table[list(KEYPOINTS)].dropna() == 2).mean()
     if not seen.notna().any(): return "No keypoint is labelled."
     best, worst = seen.idxmax(), seen.idxmin()
     return f"{best} is seen most often ({seen[best]:.0%} of the tools), {worst} least ({seen[worst]:.0%})."
 
-# %% ../../nbs/13a_counts.ipynb #c050
+# %% ../../nbs/13a_counts.ipynb #c038
 def _say_places(coco: dict) -> str:
     sizes = {im["id"]: (im["width"], im["height"]) for im in coco["images"]}
     tips = [np.divide(a["keypoints"][:2], sizes[a["image_id"]]) for a in coco["annotations"]
@@ -253,21 +196,21 @@ def _say_places(coco: dict) -> str:
     cells = np.histogram2d(*np.transpose(tips), 4, ((0, 1), (0, 1)))[0]
     return f"Of 4 x 4 fields of the image, {(cells > 0).sum()} hold a tip (n = {len(tips)})."
 
-# %% ../../nbs/13a_counts.ipynb #c051
+# %% ../../nbs/13a_counts.ipynb #c039
 def _say_angles(table: pd.DataFrame) -> str:
     counts = np.histogram(table.angle_deg.dropna(), np.arange(0, 361, 45))[0]
     if not counts.sum(): return "No tool shows both of its ends."
     low, high = counts.min() / counts.sum(), counts.max() / counts.sum()
     return f"Each eighth of the circle holds {low:.0%} to {high:.0%} of the directions (n = {counts.sum()})."
 
-# %% ../../nbs/13a_counts.ipynb #c052
+# %% ../../nbs/13a_counts.ipynb #c040
 def _say_opening(table: pd.DataFrame) -> str:
     degrees = table.opening_deg.dropna().astype(float)
     if not len(degrees): return "No opening is known."
     return (f"From {degrees.min():.0f} to {degrees.max():.0f} degrees, half of the tools below {degrees.median():.0f}; "
             f"{(degrees < 0.5).mean():.0%} are closed (n = {len(degrees)}).")
 
-# %% ../../nbs/13a_counts.ipynb #c053
+# %% ../../nbs/13a_counts.ipynb #c041
 def _say_distance(table: pd.DataFrame) -> str:
     cm, share = 100 * table.distance_m.dropna(), 100 * table.length_share.dropna()
     if not len(share): return "No tool shows two of its keypoints."
@@ -276,14 +219,14 @@ def _say_distance(table: pd.DataFrame) -> str:
     if not len(cm): return f"{said}; how far away they are is not known."
     return f"{said}, from {cm.min():.0f} to {cm.max():.0f} cm away (median {cm.median():.0f}, n = {len(cm)})."
 
-# %% ../../nbs/13a_counts.ipynb #c054
+# %% ../../nbs/13a_counts.ipynb #c042
 def _say_seen_share(table: pd.DataFrame) -> str:
     seen = table.visible_fraction.dropna().astype(float)
     if not len(seen): return "How much of the tools is seen is not known."
     return (f"Half of the tools show more than {seen.median():.0%} of themselves; {(seen < 0.5).mean():.0%} show less than half "
             f"(n = {len(seen)}).")
 
-# %% ../../nbs/13a_counts.ipynb #c055
+# %% ../../nbs/13a_counts.ipynb #c043
 def findings(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
@@ -302,7 +245,7 @@ def findings(
         said["box_sizes"] = f"Eight of ten boxes take {few:.0f} to {many:.0f} % of their image."
     return said
 
-# %% ../../nbs/13a_counts.ipynb #c058
+# %% ../../nbs/13a_counts.ipynb #c046
 def dataset_verdict(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .counts import (annotation_table, asked_mix, dataset_verdict, findings, mix_counts, mix_table,
-                                  mix_verdict, say_mix, say_splits, split_members, split_table, summary_table)
+                                  mix_verdict, say_mix, summary_table)
 from .show import new_figure, strategy_colour, style
+from .splits import fig_splits
 from ..schema import CLASS_COLOURS, CLASSES, KEYPOINT_COLOURS, KEYPOINTS
 
 if TYPE_CHECKING:
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['fig_shares', 'fig_mix', 'fig_visibility', 'fig_box_sizes', 'fig_heatmap', 'fig_opening', 'fig_angles', 'fig_distance',
-           'fig_seen_share', 'fig_tools', 'fig_splits', 'all_figures', 'annotation_table', 'asked_mix',
-           'dataset_verdict', 'findings', 'mix_counts', 'mix_table', 'mix_verdict', 'say_mix', 'say_splits',
-           'split_members', 'split_table', 'summary_table']
+           'fig_seen_share', 'fig_tools', 'all_figures', 'annotation_table', 'asked_mix', 'dataset_verdict', 'findings',
+           'mix_counts', 'mix_table', 'mix_verdict', 'say_mix', 'summary_table']
 
 # %% ../../nbs/13_stats.ipynb #c005
 _all_ = ["annotation_table", "asked_mix", "dataset_verdict", "findings", "mix_counts", "mix_table", "mix_verdict",
-         "say_mix", "say_splits", "split_members", "split_table", "summary_table"]
+         "say_mix", "summary_table"]
 _GREYS = ("#555555", "#A6A6A6", "#D9D9D9")  # of splits; colours belong to keypoints, classes and strategies
 _NAMES = tuple(name.replace("_", " ") for name in CLASSES)
 
@@ -244,30 +244,6 @@ def fig_tools(
     return fig
 
 # %% ../../nbs/13_stats.ipynb #c036
-@style()
-def fig_splits(
-    coco: dict,
-) -> Figure:
-    "Show how many images, scenes and tools each split has, and which of them it shares."
-    from matplotlib.patches import Patch
-    table = split_table(coco)
-    fig, axes = new_figure(1, 3, height_in=1.5 + 0.35 * max(len(table), 1), sharey=True)
-    parts = (("images", None), ("scenes", "scenes of other splits"), ("different tools", "tools of other splits"))
-    for ax, (column, shared) in zip(axes, parts, strict=True):
-        if not len(table): _nothing(ax, column); continue
-        total, other = table[column], table[shared] if shared else 0 * table[column]
-        ax.barh(table.index, total - other, color="#777777", height=0.6)
-        ax.barh(table.index, other, left=total - other, color="#D55E00", hatch="///", edgecolor="white", height=0.6)
-        for y, n in enumerate(total): ax.text(n, y, f" {n}", va="center", fontsize=9)
-        ax.set(title=f"{column} (n = {total.sum() - (other.sum() // 2)})", xlabel=column, xlim=(0, 1.25 * max(total.max(), 1)))
-        ax.grid(axis="y", visible=False)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.legend(handles=[Patch(color="#777777", label="in this split alone"),
-                        Patch(facecolor="#D55E00", hatch="///", edgecolor="white", label="in another split too")],
-               loc="outside lower center", ncols=2)
-    return fig
-
-# %% ../../nbs/13_stats.ipynb #c039
 def all_figures(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight

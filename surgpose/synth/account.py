@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import RenderConfig
-from ..data.counts import group_of, mix_table, say_mix, with_shares
+from ..data.counts import mix_table, say_mix, with_shares
 from ..data.show import new_figure, strategy_colour, style
+from ..data.splits import group_of
 from ..data.stats import fig_shares
 from ..files import MANIFEST, read_json, read_jsonl
 from ..schema import CLASSES, KEYPOINTS
