@@ -17,9 +17,8 @@ from .measure import compare_runs, find_truth, read_truth
 from .report import run_report
 
 # %% auto #0
-__all__ = ['PHASES', 'render_phase', 'write_stats', 'stats_phase', 'best_weights', 'train_phase', 'evaluate_phase',
-           'predict_phase', 'propose_labels', 'pseudo_phase', 'refine_phase', 'compare_phase', 'report_phase',
-           'make_job', 'run']
+__all__ = ['PHASES', 'render_phase', 'stats_phase', 'best_weights', 'train_phase', 'evaluate_phase', 'predict_phase',
+           'propose_labels', 'pseudo_phase', 'refine_phase', 'compare_phase', 'report_phase', 'make_job', 'run']
 
 # %% ../nbs/90_pipeline.ipynb #c005
 def render_phase(job: Job) -> dict[str, Any]:  # headline numbers
@@ -31,42 +30,24 @@ def render_phase(job: Job) -> dict[str, Any]:  # headline numbers
     return {"images": len(coco["images"]), "tools": len(coco["annotations"])}
 
 # %% ../nbs/90_pipeline.ipynb #c006
-def write_stats(
-    data: Path,  # dataset folder
-    out: Path,  # folder for stats.json and its figures
-) -> Path:  # stats.json
-    "Count what a dataset holds, and draw it."
-    from surgpose.data import stats
-    from surgpose.data.coco import read_coco
-    coco, asked = read_coco(data / "coco_annotations.json"), stats.asked_mix(data)
-    table = stats.annotation_table(coco)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = dict(mix=stats.fig_mix(coco, asked), visibility=stats.fig_visibility(table),
-                   sizes=stats.fig_box_sizes(table), heatmap=stats.fig_heatmap(coco), opening=stats.fig_opening(table))
-    for name, figure in figures.items(): figure.savefig(out / f"{name}.png", dpi=120)
-    seen = [v for a in coco["annotations"] for v in a["keypoints"][2::3]]
-    shares = {n: seen.count(i) / max(1, len(seen)) for i, n in enumerate(("outside", "hidden", "seen"))}
-    return write_json(out / "stats.json", dict(images=len(coco["images"]), tools=len(table), keypoints=shares,
-                                               verdict=stats.dataset_verdict(coco, asked)))
-
-# %% ../nbs/90_pipeline.ipynb #c007
 def stats_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Count what the images hold, and compare it with what was asked for."
+    from surgpose.synth.statistics import write_stats
     shares = read_json(write_stats(job.out / "synthetic", job.out / "stats"))["keypoints"]
     return {"keypoints seen": shares["seen"], "hidden": shares["hidden"]}
 
-# %% ../nbs/90_pipeline.ipynb #c009
+# %% ../nbs/90_pipeline.ipynb #c008
 def best_weights(
     run: Path,  # run folder of a trained network
 ) -> Path:
     "Name a run's best weights."
     return run / "weights" / "best.pt"
 
-# %% ../nbs/90_pipeline.ipynb #c010
+# %% ../nbs/90_pipeline.ipynb #c009
 def _networks(job: Job) -> list[tuple[Path, TrainConfig]]:
     return [(job.out / "teacher", job.cfg.train), *((job.out / "also" / t.model, t) for t in job.cfg.also_train)]
 
-# %% ../nbs/90_pipeline.ipynb #c011
+# %% ../nbs/90_pipeline.ipynb #c010
 def train_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Train the teacher, and the further networks of the profile."
     from surgpose.pose.train import train
@@ -74,12 +55,12 @@ def train_phase(job: Job) -> dict[str, Any]:  # headline numbers
     best = read_json(job.out / "teacher" / "provenance.json")["best_epoch"]
     return {"epochs": job.cfg.train.epochs, "px": job.cfg.train.imgsz, "best epoch": best}
 
-# %% ../nbs/90_pipeline.ipynb #c012
+# %% ../nbs/90_pipeline.ipynb #c011
 def _starting_weights(job: Job) -> tuple[Path | None, ...]:
     from surgpose.pose.model import find_weights
     return tuple(find_weights(t.weights_init, t.model) for _, t in _networks(job))
 
-# %% ../nbs/90_pipeline.ipynb #c013
+# %% ../nbs/90_pipeline.ipynb #c012
 def evaluate_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Score every trained network on the validation images."
     from surgpose.pose.evaluate import evaluate
@@ -87,7 +68,7 @@ def evaluate_phase(job: Job) -> dict[str, Any]:  # headline numbers
              for out, _ in _networks(job)][0]
     return {"AP": found["strict"]["AP"], "AP50": found["strict"]["AP50"], "box AP50": found["box"]["AP50"]}
 
-# %% ../nbs/90_pipeline.ipynb #c014
+# %% ../nbs/90_pipeline.ipynb #c013
 def predict_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Predict the video with the teacher."
     from surgpose.pose.predict import predict, read_predictions
@@ -96,7 +77,7 @@ def predict_phase(job: Job) -> dict[str, Any]:  # headline numbers
     found = read_predictions(out / "predictions.json")
     return {"frames": len(found), "tools per frame": sum(len(p) for _, p in found) / max(1, len(found))}
 
-# %% ../nbs/90_pipeline.ipynb #c016
+# %% ../nbs/90_pipeline.ipynb #c015
 def propose_labels(
     video: Path,
     weights: Path | None,  # checkpoint of the teacher; the one in data/weights when absent
@@ -122,14 +103,14 @@ def propose_labels(
     write_json(out / "counts.json", counted)
     return counted
 
-# %% ../nbs/90_pipeline.ipynb #c017
+# %% ../nbs/90_pipeline.ipynb #c016
 def pseudo_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Propose labels on the video."
     found = propose_labels(job.video, best_weights(job.out / "teacher"), job.out / "pseudo", job.cfg.pseudo,
                            job.cfg.track, base=job.cfg.predict, device=job.cfg.device)
     return {"frames": found["frames"], "frames kept": found["frames_kept"], "labels": found["labels"]}
 
-# %% ../nbs/90_pipeline.ipynb #c018
+# %% ../nbs/90_pipeline.ipynb #c017
 def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Adapt the teacher to the video."
     from surgpose.adapt.refine import refine
@@ -138,7 +119,7 @@ def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
                  device=job.cfg.device)
     return {"kept": read_json(out / "refine.json")["kept"]}
 
-# %% ../nbs/90_pipeline.ipynb #c020
+# %% ../nbs/90_pipeline.ipynb #c019
 def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Measure before and after, on rendered images and on the video."
     found = compare_runs(job.out / "teacher", job.out / "refined", job.out, job.cfg.evaluate, predict=job.cfg.predict,
@@ -147,7 +128,7 @@ def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
     return {f"change on {name}": row["delta"] for name, row in firsts if row["delta"] is not None} or {
         f"{row['metric']} on {name}": row["before"] for name, row in firsts}
 
-# %% ../nbs/90_pipeline.ipynb #c021
+# %% ../nbs/90_pipeline.ipynb #c020
 def report_phase(
     job: Job,
     name: str,  # like 10_render
@@ -159,22 +140,23 @@ def report_phase(
     if stamp["status"] != "ok": raise RuntimeError(f"{stamp['error']}; see {page.name}")
     return stamp["numbers"]
 
-# %% ../nbs/90_pipeline.ipynb #c022
+# %% ../nbs/90_pipeline.ipynb #c021
 def _notebook(job: Job, name: str) -> tuple[Path]:
     return (project_root() / "nbs" / "reports" / f"{name}.ipynb",)
 
-# %% ../nbs/90_pipeline.ipynb #c023
+# %% ../nbs/90_pipeline.ipynb #c022
 def _report(name: str, *needs: str) -> Phase:
     code = ("data", "pose", "adapt", "synth", "report", "page", "measure")
     return Phase(name, partial(report_phase, name=name), needs=needs, makes=(f"{name}.html",), sections=("report",),
                  code=code, inputs=partial(_notebook, name=name), group="reports")
 
-# %% ../nbs/90_pipeline.ipynb #c025
+# %% ../nbs/90_pipeline.ipynb #c024
 _GROUND = ("schema", "geometry", "data/coco")
 PHASES: tuple[Phase, ...] = (
     Phase("render", render_phase, makes=("synthetic/manifest.json", "synthetic/coco_annotations.json"),
           sections=("render", "seed"), code=(*_GROUND, "synth"), clears=("synthetic",)),
-    Phase("stats", stats_phase, needs=("render",), makes=("stats/stats.json",), code=(*_GROUND, "data")),
+    Phase("stats", stats_phase, needs=("render",), makes=("stats/stats.json",),
+          code=(*_GROUND, "data", "synth/account", "synth/statistics")),
     Phase("train", train_phase, needs=("render",), makes=("teacher/weights/best.pt", "teacher/provenance.json"),
           sections=("train", "also_train", "seed"), inputs=_starting_weights, clears=("teacher", "also"),
           code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train")),
@@ -197,7 +179,7 @@ PHASES: tuple[Phase, ...] = (
     _report("30_train", "train", "evaluate", "predict"), _report("40_review", "pseudo"),
     _report("50_refine", "refine", "compare"))
 
-# %% ../nbs/90_pipeline.ipynb #c029
+# %% ../nbs/90_pipeline.ipynb #c028
 def make_job(
     cfg: RunConfig,
     out: Path | str,  # run folder
@@ -221,7 +203,7 @@ def make_job(
     resolve_device(cfg.device)
     return Job(cfg, Path(out).resolve(), video.resolve(), truth.resolve() if truth else None)
 
-# %% ../nbs/90_pipeline.ipynb #c030
+# %% ../nbs/90_pipeline.ipynb #c029
 def run(
     cfg: RunConfig,
     out: Path | str,  # run folder; an existing one is continued

@@ -90,10 +90,10 @@ class Stats(Verb):
     Example: surgpose stats --data data/mine --out reports/stats
     """
     data: Path  # dataset folder
-    out: Out = None  # folder for stats.json and figures; `stats` under PROJ_OUT or reports/ when absent
+    out: Out = None  # folder for stats.json, contact_sheet.jpg and figures; `stats` under PROJ_OUT or reports/ when absent
 
     def run(self) -> Path:
-        from surgpose.pipeline import write_stats
+        from surgpose.synth.statistics import write_stats
         return write_stats(self.data, self.place(self.out, "stats"))
 
 # %% ../nbs/91a_verbs.ipynb #c013
