@@ -17,14 +17,15 @@ from .motion import in_motion, timing
 from .parts import Background, Camera, Light, Occluder, Post, Scene, ToolPlacement, World
 from .placing import choose_asset, move_into_view, pick, place_tool, sample_camera, set_in_motion, split_of
 from .rig import add_cameras
+from .stance import lay_distractors, taken_by
 from .surroundings import (leaves_view, sample_background, sample_lights, sample_occluder, sample_post,
                                          sample_world)
 from .theatre import sample_theatre
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['HELD_SHARE', 'sample_tools', 'sample_still', 'sample_scene', 'project_tool', 'Background', 'Camera', 'Light',
-           'Occluder', 'Post', 'Scene', 'ToolPlacement', 'World']
+__all__ = ['HELD_SHARE', 'sample_tools', 'sample_table', 'sample_still', 'sample_scene', 'project_tool', 'Background', 'Camera',
+           'Light', 'Occluder', 'Post', 'Scene', 'ToolPlacement', 'World']
 
 # %% ../../nbs/21_scene.ipynb #c005
 _all_ = ["Background", "Camera", "Light", "Occluder", "Post", "Scene", "ToolPlacement", "World"]
@@ -49,6 +50,28 @@ def sample_tools(
 # %% ../../nbs/21_scene.ipynb #c010
 HELD_SHARE = {"table": 0.45, "picture": 0.6, "world": 0.6}  # by kind of background
 
+def sample_table(
+    index: int,  # which scene, from 0
+    seed: int,  # root seed of the dataset
+    cfg: RenderConfig,
+    split: str,  # train, val or test
+    strategy: str,  # studio, hdri or composite
+    rng: np.random.Generator,
+) -> Scene:
+    "Draw one scene that is no theatre: tools on a table, in a world, or cut out."
+    background = sample_background(rng, cfg, strategy, split)
+    tools, camera = sample_tools(rng, cfg, index, HELD_SHARE[background.kind])
+    room, middle = int(rng.integers(cfg.max_occluders + 1)), tools[0].T_world_tool[:3, 3]
+    occluders = [grip(rng, t, split=split, holds=i) for i, t in enumerate(tools) if t.held and rng.random() < 0.75][:room]
+    more = int(rng.binomial(room - len(occluders), 0.4))
+    occluders += [sample_occluder(rng, tools[rng.integers(len(tools))], split=split) for _ in range(more)]
+    occluders = tuple(o for o in occluders if leaves_view(o, camera, middle))
+    props = lay_distractors(rng, cfg, split, int(pick(rng, cfg.distractors)), camera, taken_by(tools))
+    tools, occluders = set_in_motion(rng, cfg, camera, tools, occluders)
+    lights, world = sample_lights(rng, cfg, strategy, middle), sample_world(rng, cfg, strategy, split)
+    return Scene(index, seed, strategy, split, tools, occluders, lights, world, background, (camera,), sample_post(rng, cfg), props)
+
+# %% ../../nbs/21_scene.ipynb #c013
 def sample_still(
     index: int,  # which scene, from 0; of sequences, which sequence
     seed: int,  # root seed of the dataset
@@ -58,20 +81,9 @@ def sample_still(
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     split, strategy = split_of(index, cfg.val_share)[0], pick(rng, cfg.strategy_mix)
     if strategy == "theatre": return sample_theatre(index, seed, cfg, split, rng)
-    background = sample_background(rng, cfg, strategy, split)
-    tools, camera = sample_tools(rng, cfg, index, HELD_SHARE[background.kind])
-    room = int(rng.integers(cfg.max_occluders + 1))
-    occluders = [grip(rng, t, split=split, holds=i) for i, t in enumerate(tools) if t.held and rng.random() < 0.75][:room]
-    more = int(rng.binomial(room - len(occluders), 0.4))
-    occluders += [sample_occluder(rng, tools[rng.integers(len(tools))], split=split) for _ in range(more)]
-    middle = tools[0].T_world_tool[:3, 3]
-    occluders = tuple(o for o in occluders if leaves_view(o, camera, middle))
-    tools, occluders = set_in_motion(rng, cfg, camera, tools, occluders)
-    lights = sample_lights(rng, cfg, strategy, middle)
-    return Scene(index, seed, strategy, split, tools, occluders, lights, sample_world(rng, cfg, strategy, split),
-                 background, (camera,), sample_post(rng, cfg))
+    return sample_table(index, seed, cfg, split, strategy, rng)
 
-# %% ../../nbs/21_scene.ipynb #c013
+# %% ../../nbs/21_scene.ipynb #c016
 def sample_scene(
     index: int,  # which scene, from 0
     seed: int,  # root seed of the dataset
@@ -86,7 +98,7 @@ def sample_scene(
     moving = in_motion(still, frame, cfg, np.random.default_rng(np.random.SeedSequence([seed, sequence, 1])))
     return replace(moving, index=index, sequence=sequence)
 
-# %% ../../nbs/21_scene.ipynb #c018
+# %% ../../nbs/21_scene.ipynb #c021
 def project_tool(
     scene: Scene,
     tool_i: int,  # which of the scene's tools

@@ -32,9 +32,9 @@ class Stage:
     ground: Ground  # everything solid, for tools to stay above
 
 # %% ../../nbs/21n_stage.ipynb #c007
-LAMPS = {  # family -> ranges: size m, distance m, off the vertical deg, W at 1 m, beam deg
-    "trainer": dict(size_m=(0.3, 1.0), far_m=(0.9, 1.6), lean_deg=(0, 45), watts=(5, 12), spread_deg=(180, 180)),
-    "operating_room": dict(size_m=(0.04, 0.16), far_m=(0.7, 1.1), lean_deg=(0, 35), watts=(20, 45), spread_deg=(24, 50)),
+LAMPS = {  # family -> ranges: size m, distance m, off the vertical deg, W, beam deg; W is what an open lamp at 1 m would need
+    "trainer": dict(size_m=(0.3, 1.0), far_m=(0.9, 1.6), lean_deg=(0, 45), watts=(4.5, 6.5), spread_deg=(180, 180)),
+    "operating_room": dict(size_m=(0.04, 0.16), far_m=(0.7, 1.1), lean_deg=(0, 35), watts=(5.5, 8), spread_deg=(26, 60)),
 }
 TINTS = {"trainer": (1.0, 0.97, 0.93), "operating_room": (1.0, 0.86, 0.66)}
 
@@ -43,12 +43,14 @@ def sample_lamp(
     cfg: RenderConfig,
     family: str,
     aim_m: np.ndarray,  # (3,) what it points at
+    share: float = 1.0,  # of the light, when there are several
 ) -> Light:
     "Hang up a lamp of a theatre."
     size, far, lean, watts, spread = (rng.uniform(*span) for span in LAMPS[family].values())
-    lean, around = np.radians(lean), rng.uniform(0, 2 * np.pi)
+    lean, around, half = np.radians(lean), rng.uniform(0, 2 * np.pi), np.radians(spread) / 2
     way = np.array([np.sin(lean) * np.cos(around), np.sin(lean) * np.sin(around), np.cos(lean)])
-    energy = watts * far**2 * np.exp(rng.uniform(*np.log(cfg.light_strength)))
+    beam = 1 - half / np.tan(half)  # a narrow beam is as bright in its middle with that much less
+    energy = share * watts * far**2 * beam * np.exp(rng.uniform(*np.log(cfg.light_strength)))
     tint = np.array(TINTS[family]) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))
     return Light(look_at(aim_m + far * way, aim_m), float(size), float(energy), tuple(tint.round(4).tolist()), float(spread))
 
@@ -62,8 +64,8 @@ def sample_room(
     "Draw what is all around a theatre."
     if family == "trainer" and rng.random() < 0.5 and (cfg.hdri_dir or split in WORLDS):
         world = sample_world(rng, cfg, "hdri", split)
-        return replace(world, strength=0.7 * world.strength)
-    low, high = (0.35, 0.8) if family == "trainer" else (0.015, 0.09)
+        return replace(world, strength=0.35 * world.strength)
+    low, high = (0.1, 0.4) if family == "trainer" else (0.015, 0.09)
     cool = np.array([0.96, 1.0, 1.03]) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))
     return World(None, tuple((cool * rng.uniform(low, high)).round(4).tolist()), 1.0)
 
@@ -91,7 +93,8 @@ def trainer_stage(
     around = [_scattered(rng, box(rng, split), 0.26, 0.34)] if rng.random() < 0.2 else []
     around += [_scattered(rng, gauze(rng, split), 0.10, 0.22) for _ in range(rng.binomial(2, 0.15))]
     around += [cable(rng, split)] if rng.random() < 0.1 else []
-    lamps = tuple(sample_lamp(rng, cfg, "trainer", wound_m.mean(0)) for _ in range(1 + rng.integers(3)))
+    shares = rng.dirichlet(np.ones(1 + rng.integers(3)))
+    lamps = tuple(sample_lamp(rng, cfg, "trainer", wound_m.mean(0), share) for share in shares)
     return Stage("trainer", (cloth, *solid, *around), lamps, sample_room(rng, cfg, "trainer", split), wound_m,
                  ground_under((cloth, *solid, *around)))
 

@@ -16,15 +16,15 @@ from .grips import free_hand, grip, sample_hand_look
 from .parts import Background, Camera, Occluder, Prop, Scene, ToolPlacement
 from .placing import (choose_asset, length_m, pick, sample_intrinsics, sample_materials, sample_opening, set_in_motion,
                                     turned)
-from .props import moved, sample_distractor, thread
+from .props import thread
 from .stage import Stage, operating_stage, trainer_stage
-from .stance import Stance, raised, stance_of, stand
+from .stance import Stance, lay_distractors, raised, spot_in_view, stance_of, stand, taken_by
 from .surroundings import leaves_view, sample_post
 
 # %% auto #0
 __all__ = ['LYING_SHARE', 'WAYS_DEG', 'TILTS_DEG', 'FOV_SHARES', 'ELBOWS_M', 'STAGES', 'DIMMED', 'Role', 'sample_roles',
-           'sample_stance', 'hold_tool', 'split_fov', 'aimed', 'theatre_camera', 'spot_in_view', 'lay_tool',
-           'lay_distractor', 'sample_hands', 'suture', 'free_camera', 'sample_theatre']
+           'sample_stance', 'hold_tool', 'split_fov', 'aimed', 'theatre_camera', 'lay_tool', 'sample_hands', 'suture',
+           'free_camera', 'sample_theatre']
 
 # %% ../../nbs/21g_theatre.ipynb #c005
 LYING_SHARE = 0.12  # of tools that a hand could hold
@@ -65,7 +65,7 @@ def sample_stance(
     yaw = np.radians(mean + spread * rng.normal()) + np.pi
     tilt, roll = np.radians(rng.triangular(TILTS_DEG[stage.family][0], 20, TILTS_DEG[stage.family][1])), rng.normal(0, 0.6)
     aside = rng.normal(0, 0.012, 2) * (1 + 2 * (side == "opposite"))
-    xy = stage.wound_m[rng.integers(len(stage.wound_m)), :2] - aside
+    xy = stage.wound_m.mean(0)[:2] + np.clip(0.3 * rng.normal(), -1, 1) * (stage.wound_m[-1] - stage.wound_m[0])[:2] / 2 - aside
     z = stage.ground.at(xy[None])[0] + min(rng.exponential(0.006), 0.04)
     return Stance((*xy.tolist(), float(z)), float(yaw), float(tilt), float(roll + np.pi * rng.integers(2)), opening_deg)
 
@@ -131,23 +131,6 @@ def theatre_camera(
     return Camera(K, width, height, aimed(aim + distance * way, aim, heading + roll))
 
 # %% ../../nbs/21g_theatre.ipynb #c025
-def spot_in_view(
-    rng: np.random.Generator,
-    camera: Camera,
-    taken_m: list[np.ndarray],  # (2,) each: places to keep away from, the wound first
-    tries: int = 12,
-) -> np.ndarray:  # (2,) world, on the table
-    "Find a free place on the table that the camera sees."
-    eye, spots = camera.T_world_cam[:3, 3], []
-    for _ in range(tries):
-        aim = rng.uniform(0.06, 0.94, 2) * (camera.width - 1, camera.height - 1)
-        ray = camera.T_world_cam[:3, :3] @ np.linalg.solve(camera.K, [*aim, 1.0])
-        spots.append((eye - ray * eye[2] / min(ray[2], -1e-3))[:2])
-    far = [min(np.linalg.norm(spot - t) / (0.09 if i == 0 else 0.06) for i, t in enumerate(taken_m)) for spot in spots]
-    free = [i for i, f in enumerate(far) if f > 1]
-    return spots[free[0] if free else int(np.argmax(far))]
-
-# %% ../../nbs/21g_theatre.ipynb #c028
 def lay_tool(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -163,19 +146,7 @@ def lay_tool(
     placed = ToolPlacement(asset, asset["class"], rigid(R, [*spot_m, 0]), sample_opening(rng, cfg, asset), material, False)
     return raised(placed, stage.ground, drop=True)
 
-# %% ../../nbs/21g_theatre.ipynb #c030
-def lay_distractor(
-    rng: np.random.Generator,
-    cfg: RenderConfig,
-    stage: Stage,
-    split: str,
-    spot_m: np.ndarray,  # (2,)
-) -> Prop:
-    "Lay an instrument down that nobody labels."
-    turn = turned(rng.uniform(0, 2 * np.pi), 0, 0)
-    return moved(sample_distractor(rng, cfg, split), rigid(turn, [*spot_m, float(stage.ground.at(spot_m[None])[0])]))
-
-# %% ../../nbs/21g_theatre.ipynb #c032
+# %% ../../nbs/21g_theatre.ipynb #c028
 ELBOWS_M = {"right": (0.28, -0.30, 0.10), "left": (-0.28, -0.30, 0.10), "opposite": (0.0, 0.42, 0.12)}
 
 def sample_hands(
@@ -187,7 +158,8 @@ def sample_hands(
     sides: list[str],  # who holds each; "" for one that lies
 ) -> tuple[Occluder, ...]:
     "Put hands on the held tools; a hand without a tool sometimes rests beside the wound."
-    looks = {who: sample_hand_look(rng, split, family=stage.family) for who in ("surgeon", "assistant")}
+    looks = {who: sample_hand_look(rng, split, family=stage.family, blood=rng.beta(1.2, 6) * (rng.random() < cfg.blood_share))
+             for who in ("surgeon", "assistant")}
     hands = []
     for side in ("right", "left", "opposite"):
         elbow = np.array(ELBOWS_M[side]) + rng.normal(0, 0.05, 3) * (1, 1, 0.5)
@@ -196,11 +168,11 @@ def sample_hands(
         held = [i for i, s in enumerate(sides) if s == side]
         if held: hands.append(grip(rng, tools[held[0]], holds=held[0], **style))
         elif rng.random() < (0.08 if side == "opposite" else 0.5):
-            xy = stage.wound_m[rng.integers(len(stage.wound_m)), :2] + 0.12 * rng.uniform(0.2, 0.8) * elbow[:2] / np.linalg.norm(elbow[:2])
+            xy = stage.wound_m[rng.integers(len(stage.wound_m)), :2] + rng.uniform(0.05, 0.14) * elbow[:2] / np.linalg.norm(elbow[:2])
             hands.append(free_hand(rng, np.array([*xy, stage.ground.at(xy[None])[0] + 0.006]), **style))
     return tuple(hands)
 
-# %% ../../nbs/21g_theatre.ipynb #c035
+# %% ../../nbs/21g_theatre.ipynb #c031
 def suture(
     rng: np.random.Generator,
     stage: Stage,
@@ -216,7 +188,7 @@ def suture(
     points[:, 2] = np.maximum(points[:, 2], stage.ground.at(points[:, :2]) + 0.0004)
     return thread(rng, split, points_m=points)
 
-# %% ../../nbs/21g_theatre.ipynb #c037
+# %% ../../nbs/21g_theatre.ipynb #c033
 def free_camera(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -233,7 +205,7 @@ def free_camera(
         if all(leaves_view(hand, camera, aim) for hand in hands): break
     return camera
 
-# %% ../../nbs/21g_theatre.ipynb #c038
+# %% ../../nbs/21g_theatre.ipynb #c034
 STAGES = {"trainer": trainer_stage, "operating_room": operating_stage}
 DIMMED = {"trainer": 1.0, "operating_room": 0.6}  # factor on the wanted brightness
 
@@ -251,16 +223,13 @@ def sample_theatre(
     tools = [hold_tool(rng, cfg, stage, role, asset, split) if role.held else None for role, asset in pairs]
     hands = sample_hands(rng, cfg, stage, split, tools, [r.side for r in roles])
     camera = free_camera(rng, cfg, stage, split, assets[0], hands)
-    taken, props = [stage.wound_m.mean(0)[:2]], list(stage.props)
-    for i, asset in enumerate(assets):
-        if tools[i] is not None: continue
-        taken.append(spot_in_view(rng, camera, taken))
-        tools[i] = lay_tool(rng, cfg, stage, asset, split, taken[-1])
-    for _ in range(int(pick(rng, cfg.distractors))):
-        taken.append(spot_in_view(rng, camera, taken))
-        props.append(lay_distractor(rng, cfg, stage, split, taken[-1]))
-    props.append(suture(rng, stage, split, np.array(stance_of(tools[0]).tip_m)))
+    taken = [(0.0, 0.0, 0.09), *taken_by(t for t in tools if t)]
+    for i in (i for i, tool in enumerate(tools) if tool is None):
+        tools[i] = lay_tool(rng, cfg, stage, assets[i], split, spot_in_view(rng, camera, taken))
+        taken += taken_by([tools[i]])
+    props = (*stage.props, suture(rng, stage, split, np.array(stance_of(tools[0]).tip_m)),
+             *lay_distractors(rng, cfg, split, int(pick(rng, cfg.distractors)), camera, taken, stage.ground))
     moving, hands = set_in_motion(rng, cfg, camera, tuple(tools), hands)
     post = sample_post(rng, cfg)
     return Scene(index, seed, "theatre", split, moving, hands, stage.lights, stage.world, Background("world"), (camera,),
-                 replace(post, brightness=DIMMED[family] * post.brightness), tuple(props), family)
+                 replace(post, brightness=DIMMED[family] * post.brightness), props, family)
