@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['annotation_table', 'summary_table', 'mix_counts', 'with_shares', 'mix_table', 'chance_of', 'say_mix', 'mix_verdict',
-           'asked_mix', 'findings', 'dataset_verdict']
+__all__ = ['annotation_table', 'summary_table', 'mix_counts', 'with_shares', 'mix_table', 'chance_of', 'judge_mix', 'say_mix',
+           'mix_verdict', 'asked_mix', 'findings', 'dataset_verdict']
 
 # %% ../../nbs/13a_counts.ipynb #c007
 _COLUMNS = ("annotation_id", "image_id", "category", "strategy", "split", "width_px", "height_px",
@@ -141,25 +141,38 @@ def chance_of(
     return float((off >= off[0] - 1e-9).mean()), "simulated"
 
 # %% ../../nbs/13a_counts.ipynb #c030
+def judge_mix(
+    counts: Mapping[str, int],
+    shares: Mapping[str, float],  # asked, adding up to 1; empty where nobody knows
+) -> dict[str, Any]:  # n, p, how p was found, chance in points of a hundred, verdict in a few words
+    "Judge whether names came out as asked."
+    n, live = sum(counts.values()), [k for k in shares if shares[k]]
+    stray = [k for k in counts if counts[k] and not shares.get(k)]
+    none = {"n": n, "p": np.nan, "how": "", "chance, points": np.nan}
+    if not n: return {**none, "verdict": "nothing was drawn"}
+    if not shares: return {**none, "verdict": "what was asked for is not known"}
+    reach = max(196 * np.sqrt(shares[k] * (1 - shares[k]) / n) for k in live)
+    if stray: return {**none, "chance, points": reach, "verdict": f"nobody asked for {', '.join(stray)}"}
+    if len(live) < 2: return {**none, "verdict": "the one asked for"}
+    p, how = chance_of(np.array([counts[k] for k in live]), np.array([shares[k] for k in live]))
+    verdict = "not the mix that was asked for" if p < 0.01 else "no further off than by chance"
+    return {"n": n, "p": p, "how": how, "chance, points": reach, "verdict": verdict}
+
+# %% ../../nbs/13a_counts.ipynb #c032
 def say_mix(
     counts: Mapping[str, int],
     shares: Mapping[str, float],  # asked, adding up to 1; empty where nobody knows
     what: str = "images",  # what was drawn
 ) -> str:  # one sentence
     "Say whether names came out as asked."
-    n = sum(counts.values())
+    found = judge_mix(counts, shares)
+    n, p = found["n"], found["p"]
     if not n: return f"There are no {what}, so there is no mix to judge."
     parts = [f"{k}: {v}" + (f" ({n * shares[k]:.1f} expected)" if k in shares else "") for k, v in counts.items()]
-    said = f"Of {n} {what}, {', '.join(parts)}"
-    stray, live = [k for k in counts if counts[k] and not shares.get(k)], [k for k in shares if shares[k]]
-    if not shares: return f"{said}; what was asked for is not known."
-    if stray: return f"{said}; nobody asked for {', '.join(stray)}."
-    if len(live) < 2: return f"{said}: the one asked for."
-    p, how = chance_of(np.array([counts[k] for k in live]), np.array([shares[k] for k in live]))
-    reach = max(196 * np.sqrt(shares[k] * (1 - shares[k]) / n) for k in live)
-    if p < 0.01: return f"{said}: not the mix that was asked for ({how} p = {p:.1g})."
-    return (f"{said}: no further off than by chance ({how} p = {p:.2f}), which moves a share of {n} {what} by up to "
-            f"{reach:.0f} points.")
+    said = f"Of {n} {what}, {', '.join(parts)}: {found['verdict']}"
+    if np.isnan(p): return f"{said}."
+    if p < 0.01: return f"{said} ({found['how']} p = {p:.1g})."
+    return f"{said} ({found['how']} p = {p:.2f}), which moves a share of {n} {what} by up to {found['chance, points']:.0f} points."
 
 
 def mix_verdict(
@@ -171,7 +184,7 @@ def mix_verdict(
     kinds = {group_of(im)[0] for im in coco["images"]} if sum(counts.values()) < len(coco["images"]) else {"id"}
     return say_mix(counts, shares, {"scene": "scenes", "sequence": "sequences"}.get(min(kinds), "images"))
 
-# %% ../../nbs/13a_counts.ipynb #c034
+# %% ../../nbs/13a_counts.ipynb #c036
 def asked_mix(
     folder: Path | str,  # a dataset folder
 ) -> dict[str, float] | None:  # strategy -> weight; None where nothing tells
@@ -180,14 +193,14 @@ def asked_mix(
     config = (read_json(path).get("config") or {}) if path.is_file() else {}
     return (config.get("render") or config).get("strategy_mix")
 
-# %% ../../nbs/13a_counts.ipynb #c037
+# %% ../../nbs/13a_counts.ipynb #c039
 def _say_visibility(table: pd.DataFrame) -> str:
     seen = (table[list(KEYPOINTS)].dropna() == 2).mean()
     if not seen.notna().any(): return "No keypoint is labelled."
     best, worst = seen.idxmax(), seen.idxmin()
     return f"{best} is seen most often ({seen[best]:.0%} of the tools), {worst} least ({seen[worst]:.0%})."
 
-# %% ../../nbs/13a_counts.ipynb #c038
+# %% ../../nbs/13a_counts.ipynb #c040
 def _say_places(coco: dict) -> str:
     sizes = {im["id"]: (im["width"], im["height"]) for im in coco["images"]}
     tips = [np.divide(a["keypoints"][:2], sizes[a["image_id"]]) for a in coco["annotations"]
@@ -196,21 +209,21 @@ def _say_places(coco: dict) -> str:
     cells = np.histogram2d(*np.transpose(tips), 4, ((0, 1), (0, 1)))[0]
     return f"Of 4 x 4 fields of the image, {(cells > 0).sum()} hold a tip (n = {len(tips)})."
 
-# %% ../../nbs/13a_counts.ipynb #c039
+# %% ../../nbs/13a_counts.ipynb #c041
 def _say_angles(table: pd.DataFrame) -> str:
     counts = np.histogram(table.angle_deg.dropna(), np.arange(0, 361, 45))[0]
     if not counts.sum(): return "No tool shows both of its ends."
     low, high = counts.min() / counts.sum(), counts.max() / counts.sum()
     return f"Each eighth of the circle holds {low:.0%} to {high:.0%} of the directions (n = {counts.sum()})."
 
-# %% ../../nbs/13a_counts.ipynb #c040
+# %% ../../nbs/13a_counts.ipynb #c042
 def _say_opening(table: pd.DataFrame) -> str:
     degrees = table.opening_deg.dropna().astype(float)
     if not len(degrees): return "No opening is known."
     return (f"From {degrees.min():.0f} to {degrees.max():.0f} degrees, half of the tools below {degrees.median():.0f}; "
             f"{(degrees < 0.5).mean():.0%} are closed (n = {len(degrees)}).")
 
-# %% ../../nbs/13a_counts.ipynb #c041
+# %% ../../nbs/13a_counts.ipynb #c043
 def _say_distance(table: pd.DataFrame) -> str:
     cm, share = 100 * table.distance_m.dropna(), 100 * table.length_share.dropna()
     if not len(share): return "No tool shows two of its keypoints."
@@ -219,14 +232,14 @@ def _say_distance(table: pd.DataFrame) -> str:
     if not len(cm): return f"{said}; how far away they are is not known."
     return f"{said}, from {cm.min():.0f} to {cm.max():.0f} cm away (median {cm.median():.0f}, n = {len(cm)})."
 
-# %% ../../nbs/13a_counts.ipynb #c042
+# %% ../../nbs/13a_counts.ipynb #c044
 def _say_seen_share(table: pd.DataFrame) -> str:
     seen = table.visible_fraction.dropna().astype(float)
     if not len(seen): return "How much of the tools is seen is not known."
     return (f"Half of the tools show more than {seen.median():.0%} of themselves; {(seen < 0.5).mean():.0%} show less than half "
             f"(n = {len(seen)}).")
 
-# %% ../../nbs/13a_counts.ipynb #c043
+# %% ../../nbs/13a_counts.ipynb #c045
 def findings(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight
@@ -241,11 +254,12 @@ def findings(
     if len(table):
         few, many = np.percentile(table.box_share * 100, (10, 90))
         bare = len(coco["images"]) - len(per_image)
-        said["tools"] = f"At most {max(per_image.values())} tools in an image; {bare} images have none."
+        said["tools"] = (f"At most {max(per_image.values())} tools in an image, {len(table) / len(coco['images']):.1f} on average; "
+                         f"images without any: {bare}.")
         said["box_sizes"] = f"Eight of ten boxes take {few:.0f} to {many:.0f} % of their image."
     return said
 
-# %% ../../nbs/13a_counts.ipynb #c046
+# %% ../../nbs/13a_counts.ipynb #c048
 def dataset_verdict(
     coco: dict,
     asked: Mapping[str, float] | None = None,  # strategy -> weight

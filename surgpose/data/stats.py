@@ -54,7 +54,7 @@ def fig_shares(
     hatches = [("", "///", "...")[kin[:i].count(k) % 3] for i, k in enumerate(kin)]  # families of one strategy
     ax.barh(names, table["got, %"], height=0.6, color=[strategy_colour(name) for name in names], hatch=hatches,
             edgecolor="white", label="_got")
-    ax.set_yticks(range(len(names)), [f"{name}: {got}" for name, got in zip(names, table.got, strict=True)])
+    ax.set_yticks(range(len(names)), [f"{name} (n = {got})" for name, got in zip(names, table.got, strict=True)])
     known = table["chance from"].notna().to_numpy()
     if known.any():
         at, low, high = (100 * table.loc[known, c].to_numpy(float) / n for c in ("expected", "chance from", "chance to"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import RenderConfig
-from ..data.counts import mix_table, say_mix, with_shares
+from ..data.counts import judge_mix, mix_table, say_mix, with_shares
 from ..data.show import new_figure, strategy_colour, style
 from ..data.splits import group_of
 from ..data.stats import fig_shares
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'CAUSE_COLOURS', 'THING_COLOURS', 'OFF', 'kind_of', 'scene_notes', 'asked_counts', 'asked_table',
-           'say_asked', 'fig_asked', 'tool_notes', 'causes_table', 'fig_causes', 'say_causes', 'exactness_table',
-           'strategy_table', 'fig_cost', 'losses_table', 'settings_table', 'render_summary', 'render_verdict']
+           'mixes_table', 'say_asked', 'fig_asked', 'tool_notes', 'causes_table', 'fig_causes', 'say_causes',
+           'exactness_table', 'strategy_table', 'fig_cost', 'say_cost', 'losses_table', 'settings_table',
+           'render_summary', 'render_verdict']
 
 # %% ../../nbs/25_account.ipynb #c005
 INSTRUMENTS = ("scissors", "clamp", "scalpel", "retractor", "instrument")  # props that could be taken for tools
@@ -84,6 +85,16 @@ def asked_table(
     if not tables: return pd.DataFrame(columns=["what", "value"])
     return pd.concat([t.rename_axis("value").reset_index().assign(what=title) for title, t in tables.items()],
                      ignore_index=True)[["what", "value", *next(iter(tables.values()))]]
+
+
+def mixes_table(
+    folder: Path | str,  # dataset folder
+) -> pd.DataFrame:  # a row for each thing that is drawn by chance: draws, p, how it was found, reach of chance, verdict
+    "Judge all that was drawn by chance."
+    import pandas as pd
+
+    judged = {title: judge_mix(counts, shares) for title, (counts, shares, _) in asked_counts(folder).items()}
+    return pd.DataFrame.from_dict(judged, orient="index", columns=["n", "p", "how", "chance, points", "verdict"])
 
 
 def say_asked(
@@ -161,7 +172,7 @@ def fig_causes(
     ax.invert_yaxis(); ax.grid(axis="y", visible=False)
     ax.set(xlabel="share of the tools, %", xlim=(0, 100),
            title=f"What the ray from the camera meets (n = {int(notes.annotated.sum())} tools)")
-    fig.legend(loc="outside lower center", ncols=min(len(table.columns), 6))
+    fig.legend(loc="outside lower center", ncols=len(table.columns), columnspacing=1.2, handlelength=1.4)
     return fig
 
 # %% ../../nbs/25_account.ipynb #c026
@@ -226,7 +237,18 @@ def fig_cost(
     ax.set(xlabel="seconds an image, of one worker", title=f"Cost (n = {len(scenes)} images; the line is the median)")
     return fig
 
-# %% ../../nbs/25_account.ipynb #c039
+# %% ../../nbs/25_account.ipynb #c037
+def say_cost(
+    folder: Path | str,  # dataset folder
+) -> str:  # one sentence
+    "Say what costs most."
+    table = strategy_table(folder).dropna(subset=["seconds an image"])
+    if not len(table): return "No time was noted."
+    seconds, most = table["seconds an image"], table["seconds an image"].idxmax()
+    return (f"{most} costs most, {seconds[most]:.1f} s for the median image, {seconds.idxmin()} least, {seconds.min():.1f} s; "
+            f"the slowest image of all took {table.slowest.max():.1f} s.")
+
+# %% ../../nbs/25_account.ipynb #c041
 def losses_table(
     folder: Path | str,  # dataset folder
 ) -> pd.DataFrame:  # what, how many, why
@@ -241,7 +263,7 @@ def losses_table(
              for (name, reason), n in Counter(zip(left.class_name, why.tolist(), strict=True)).most_common()]
     return pd.DataFrame(rows, columns=["what", "how many", "why"])
 
-# %% ../../nbs/25_account.ipynb #c043
+# %% ../../nbs/25_account.ipynb #c045
 def settings_table(
     folder: Path | str,  # dataset folder
 ) -> pd.DataFrame:  # setting, value, meaning
@@ -254,7 +276,7 @@ def settings_table(
             for name, value in config.items()]
     return pd.DataFrame(rows, columns=["setting", "value", "changed", "meaning"])
 
-# %% ../../nbs/25_account.ipynb #c047
+# %% ../../nbs/25_account.ipynb #c049
 OFF = "off the renderer's camera, px"
 
 def render_summary(
@@ -270,7 +292,7 @@ def render_summary(
             "tools too small to label": int((~notes.annotated.astype(bool)).sum()), "scenes failed": len(facts["failed"]),
             "asked": facts["config"]["images"], **{name: int((kept.class_name == name).sum()) for name in CLASSES}}
 
-# %% ../../nbs/25_account.ipynb #c049
+# %% ../../nbs/25_account.ipynb #c051
 def render_verdict(
     summary: dict[str, Any],  # of `render_summary`
 ) -> str:  # one or two sentences

@@ -19,7 +19,7 @@ from ..data.stats import all_figures
 from ..files import MANIFEST, atomic_write, sha256_file, versions, write_json
 from ..schema import CLASSES, KEYPOINTS
 from .account import (asked_counts, asked_table, causes_table, exactness_table, fig_asked, fig_causes, fig_cost,
-                                    losses_table, render_verdict, render_summary, say_asked, say_causes, strategy_table,
+                                    losses_table, mixes_table, render_summary, render_verdict, say_asked, say_causes, strategy_table,
                                     tool_notes)
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def render_numbers(
     "Count what only the renderer knows."
     notes, summary = tool_notes(folder), render_summary(folder)
     tables = dict(causes=causes_table(notes, 99), kinds=strategy_table(folder), exactness_px=exactness_table(notes),
-                  losses=losses_table(folder), asked=asked_table(folder))
+                  losses=losses_table(folder), asked=asked_table(folder), mixes=mixes_table(folder))
     said = dict(render=render_verdict(summary), asked=say_asked(folder), causes=say_causes(notes))
     return dict(summary=summary, verdicts=said, **{name: plain_table(t) for name, t in tables.items()})
 
