@@ -20,8 +20,8 @@ from .placing import turned
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['HOLDS', 'GRIPS', 'FIRST_STYLE', 'PALM_BONES', 'Hold', 'hold_rings', 'hold_in_palm', 'hold_as_pencil',
-           'hold_from_above', 'settle', 'grip', 'free_hand']
+__all__ = ['WEB_M', 'HOLDS', 'GRIPS', 'FIRST_STYLE', 'PALM_BONES', 'LOW_M', 'Hold', 'hold_rings', 'hold_in_palm',
+           'hold_as_pencil', 'hold_from_above', 'settle', 'grip', 'free_hand']
 
 # %% ../../nbs/21j_grips.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Hold:
     spot_tool_m: np.ndarray  # (3,) ... is about there
     turns: tuple[float, float, float]  # how far the guess may be off about x, y, z
     shifts_m: tuple[float, float, float]  # and along them
+    rest_hand_m: np.ndarray | None = None  # (3,) this point of the hand is where the tool's axis rests
 
 # %% ../../nbs/21j_grips.ipynb #c007
 def _ring(tool_m: np.ndarray, end_x_m: float, side: int) -> np.ndarray:
@@ -54,12 +55,13 @@ def hold_rings(
 ) -> Hold:
     "Put thumb and ring finger into the rings."
     a, b = _ring(tool_m, end_x_m, 1), _ring(tool_m, end_x_m, -1)
-    index = _on_shank(b, end_x_m, rng.uniform(0.045, 0.075), -0.003, 0.002 + radii_m[0])
-    deep = rng.uniform(0.006, 0.014)
+    far, deep = rng.uniform(0, 0.8), rng.uniform(0.006, 0.014)  # far: how much of the rings is seen behind the fingers
+    index = _on_shank(b, end_x_m, rng.uniform(0.045, 0.075) - 0.022 * far, -0.003, 0.002 + radii_m[0])
     ends = np.array([index, b + [0.020, -0.004, -0.008], b + [-0.004, 0, -deep - 0.004], b + [-0.019, -0.013, -0.010],
-                     a + [0.004, 0, -deep]])
-    return Hold(ends, np.array([1, 0.5, 1, 0.1, 1]), turned(0.3, 0.5, -0.5), BASES_M[1:3].mean(0),
-                (a + b) / 2 + [-0.012, -0.012, 0.045], (0.5, 0.4, 0.5), (0.020, 0.018, 0.015))
+                     a + [0.004 - 0.008 * far, 0, -deep]])
+    return Hold(ends, np.array([1, 0.5, 1, 0.1, 1]), turned(0.3 + 0.3 * far, 0.5 - 0.3 * far, -0.5 - 0.7 * far),
+                BASES_M[1:3].mean(0), (a + b) / 2 + np.array([-0.006, -0.012, 0.045]) + far * np.array([-0.030, -0.030, -0.020]),
+                (0.4, 0.3, 0.4), (0.012, 0.015, 0.012))
 
 # %% ../../nbs/21j_grips.ipynb #c010
 def hold_in_palm(
@@ -97,6 +99,8 @@ def _seen_from_hand(x: np.ndarray, z: np.ndarray) -> np.ndarray:  # R_tool_hand,
     return np.stack([x, np.cross(z, x), z])
 
 # %% ../../nbs/21j_grips.ipynb #c015
+WEB_M = np.array([0.068, 0.049, 0.007])  # hand frame, where a pencil lies between thumb and index finger
+
 def hold_as_pencil(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of tweezers
@@ -104,10 +108,10 @@ def hold_as_pencil(
     radii_m: np.ndarray,  # (5,) of the fingers' ends
 ) -> Hold:
     "Hold it as one holds a pencil."
-    R = _seen_from_hand(np.array([0.88, -0.06, -0.47]), np.array([0.30, 0.74, 0.42]))
-    stretch = rng.uniform()
+    R = _seen_from_hand(np.array([0.82, -0.30, -0.48]), np.array([0.30, 0.90, rng.uniform(-0.1, 0.4)]))
+    stretch, rest = rng.uniform(), WEB_M + rng.normal(0, 0.004, 3) if rng.random() < 0.65 else None
     return Hold(_pinch(rng, tool_m, radii_m, stretch), np.array([1, 1, 0.3, 0.1, 1]), R,
-                np.array([0.127 + 0.022 * stretch, 0.025, -0.042 + 0.008 * stretch]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.008, 0.008))
+                np.array([0.127 + 0.022 * stretch, 0.025, -0.042 + 0.008 * stretch]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.008, 0.008), rest)
 
 # %% ../../nbs/21j_grips.ipynb #c016
 def hold_from_above(
@@ -144,10 +148,11 @@ def _strain(finger: int, joints_m: np.ndarray, bend: np.ndarray) -> np.ndarray:
     return _outside(down, -15, 75, 10) + _outside(side, -6 * finger, 18 - 7 * finger, 6) + _outside(bend, 10, (60, 65, 80, 90)[finger], 12)
 
 # %% ../../nbs/21j_grips.ipynb #c022
-PALM_BONES = hand_capsules(relaxed(np.random.default_rng(0)))[:5]
+PALM_BONES = hand_capsules(relaxed(np.random.default_rng(0)))[:7]
+LOW_M = np.array([[0.0, 0, 0], BASES_M[3], BASES_M[3] + [0.035, -0.005, -0.020]])  # what sinks into the table first
 
 def _judge(
-    hold: Hold, R: np.ndarray, t: np.ndarray, size: float, solid_m: np.ndarray, up: np.ndarray, elbow: np.ndarray,
+    hold: Hold, R: np.ndarray, t: np.ndarray, size: float, solid_m: np.ndarray, up: np.ndarray, elbow: np.ndarray, height_m: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     ends_hand = (hold.ends_m - t[:, None]) @ R / size
     cost, joints = 0.0, []
@@ -156,10 +161,15 @@ def _judge(
         cost = cost + hold.weights[finger] * (short / 0.003) ** 2 + _strain(finger, points, bend)
         joints.append(points)
     clear = capsule_distance((solid_m - t[:, None]) @ R / size, PALM_BONES).min(1)
+    if hold.rest_hand_m is not None:
+        off = np.linalg.norm((size * R @ hold.rest_hand_m + t)[:, 1:], axis=1)
+        cost = cost + _outside(off, 0, 0.002, 0.004)
+    low = (size * np.stack([R @ spot for spot in LOW_M], 1) + t[:, None]) @ up + height_m
+    cost = cost + _outside(low.min(1), 0.022 * size, 9, 0.006)
     back, top = -R[:, :, 0], R[:, :, 2]
     astray = np.degrees(np.arccos(np.clip(back @ elbow, -1, 1)))
     over = np.degrees(np.arcsin(np.clip(top @ up, -1, 1)))
-    return cost + _outside(clear, 0, 1, 0.004) + _outside(astray, 0, 30, 12) + _outside(over, 5, 90, 15), np.stack(joints, 1)
+    return cost + _outside(clear, 0, 1, 0.004) + _outside(astray, 0, 30, 12) + _outside(over, -15, 90, 15), np.stack(joints, 1)
 
 # %% ../../nbs/21j_grips.ipynb #c024
 def settle(
@@ -170,6 +180,7 @@ def settle(
     size: float,  # of the hand, 1 is 19 cm
     up: np.ndarray,  # (3,) tool frame, what is up in the world
     elbow: np.ndarray,  # (3,) tool frame, direction to the elbow
+    height_m: float = 1.0,  # of the tool's origin above what the hand must not sink into
 ) -> tuple[np.ndarray, np.ndarray, float]:  # (4, 4) T_tool_hand; (5, 4, 3) joints in the hand's frame, size 1; cost
     "Find the most comfortable pose for a hold."
     R, t, best = hold.R_tool_hand, hold.spot_tool_m - size * hold.R_tool_hand @ hold.spot_hand_m, None
@@ -178,7 +189,7 @@ def settle(
         spot = R @ hold.spot_hand_m * size + t
         ts = spot + narrow * rng.normal(0, 1, (count, 3)) * hold.shifts_m - size * Rs @ hold.spot_hand_m
         if best: Rs[0], ts[0] = R, t
-        cost, joints = _judge(hold, Rs, ts, size, solid_m, up, elbow)
+        cost, joints = _judge(hold, Rs, ts, size, solid_m, up, elbow, height_m)
         i = int(np.argmin(cost))
         R, t, best = Rs[i], ts[i], (joints[i], float(cost[i]))
     return rigid(R, t), *best
@@ -217,13 +228,13 @@ def grip(
     tool_m = transform(T_tool_hold, tool.mesh.vertices)
     hold = HOLDS[placed.class_name][style](rng, tool_m, float(tool.keypoints_m[HANDLE, 0]), size * RADII_M[:, 3])
     few = tool_m[:: max(1, len(tool_m) // 60)]
-    T_hold_hand, joints, _ = settle(rng, hold, few, size=size, up=R[:, 2], elbow=elbow)
+    T_hold_hand, joints, _ = settle(rng, hold, few, size=size, up=R[:, 2], elbow=elbow, height_m=float(T_world_tool[2, 3]))
     own = size * hand_capsules(joints, _towards(T_hold_hand[:3, :3].T @ elbow))
     capsules = transform_capsules(T_world_tool @ T_tool_hold @ T_hold_hand, own)
     look = {**look, "shape": {**look["shape"], "left": left, "grip": style}}
     return Occluder("hand", capsules, 0.006, holds=holds, travel_m=placed.travel_m, **look)
 
-# %% ../../nbs/21j_grips.ipynb #c033
+# %% ../../nbs/21j_grips.ipynb #c035
 def free_hand(
     rng: np.random.Generator,
     spot_m: np.ndarray,  # (3,) world, where a finger's end is
