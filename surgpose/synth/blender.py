@@ -145,6 +145,7 @@ def write_depth(
 ) -> dict:  # seconds
     "Draw how far away everything is, as depth/000000_0.png for scene 0 and its camera 0."
     start = time.perf_counter()
+    enable_depth(bproc)
     build_scene(bproc, scene)
     for i, camera in enumerate(scene.cameras):
         set_camera(bproc, camera)
@@ -157,14 +158,14 @@ def write_depth(
 def draw_wanted(
     bproc: Any,
     cfg: RenderConfig,
-    job: dict,  # out, seed and depth count
-    wanted: int | dict,  # index of a scene, or a whole scene as plain data
+    job: dict,  # out and seed count
+    wanted: int | dict,  # index of a scene; a whole scene as plain data; or its index, and under "depth" the scene
 ) -> dict:  # index, and seconds or the error
     "Draw one scene of a job; whatever goes wrong is an answer too, and the next scene has its chance."
     index = wanted if isinstance(wanted, int) else wanted["index"]
     try:
-        scene = sample_scene(index, job["seed"], cfg) if isinstance(wanted, int) else Scene.from_dict(wanted)
-        write = write_depth if job.get("depth") else write_scene
+        scene = sample_scene(index, job["seed"], cfg) if isinstance(wanted, int) else Scene.from_dict(wanted.get("depth", wanted))
+        write = write_depth if isinstance(wanted, dict) and "depth" in wanted else write_scene
         return dict(index=index, seconds=write(bproc, scene, Path(job["out"]))["seconds"])
     except Exception as e: return dict(index=index, error=f"{type(e).__name__}: {e}", errno=getattr(e, "errno", None))
 
@@ -181,7 +182,7 @@ def listen(
 
 # %% ../../nbs/22_blender.ipynb #c025
 def serve(
-    job: dict,  # out, config, seed, device, threads, parent (process id), idle_s, and depth where it is wanted
+    job: dict,  # out, config, seed, device, threads, parent (process id), idle_s
 ) -> None:
     "Draw what is asked for and say a line of JSON on the real standard output for each."
     say, asked = os.fdopen(os.dup(1), "w"), queue.SimpleQueue()
@@ -189,9 +190,7 @@ def serve(
     threading.Thread(target=listen, args=(asked, job["parent"]), daemon=True).start()
     cfg = RenderConfig(**job["config"])
     with work_folder() as temp:
-        try:
-            bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
-            if job.get("depth"): enable_depth(bproc)
+        try: bproc = start_blender(cfg, device=job["device"], threads=job["threads"], temp=temp)
         except Exception as e: print(json.dumps(dict(error=str(e))), file=say, flush=True); raise
         print(json.dumps(dict(ready=True, device=device_in_use())), file=say, flush=True)
         while (wanted := asked.get(timeout=job["idle_s"])) is not None:

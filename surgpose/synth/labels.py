@@ -16,13 +16,13 @@ import trimesh
 from ..data.coco import rle_of_mask
 from ..files import hash_data
 from ..geometry import invert_rigid, project, transform
-from ..schema import KEYPOINTS, Visibility, category_id, order_jaws
+from ..schema import HANDLE, HINGE, KEYPOINTS, Visibility, category_id, order_jaws
 from .parts import Camera, Scene, ToolPlacement
 from .tools import Tool
 
 # %% auto #0
-__all__ = ['Cast', 'TINY_PX', 'in_image', 'side_of', 'parent_side', 'what_hides', 'reach_probes', 'full_box', 'silhouette',
-           'Extent', 'measure', 'keypoints_px', 'asset_name', 'Drawing', 'note', 'annotate']
+__all__ = ['Cast', 'ONE_PIECE', 'TINY_PX', 'in_image', 'side_of', 'parent_side', 'what_hides', 'reach_probes', 'full_box',
+           'silhouette', 'Extent', 'measure', 'keypoints_px', 'asset_name', 'Drawing', 'note', 'annotate']
 
 # %% ../../nbs/22b_labels.ipynb #c005
 def in_image(
@@ -50,6 +50,7 @@ def parent_side(
 # %% ../../nbs/22b_labels.ipynb #c014
 Cast = Callable[[np.ndarray, np.ndarray], tuple[str, int, np.ndarray] | None]
 # eye and direction, (3,) world -> name of what is met first, its tool number (0: no tool), where; None for nothing
+ONE_PIECE = {"needle_holder": HINGE, "tweezers": HANDLE}
 
 def what_hides(
     cast: Cast,
@@ -66,7 +67,7 @@ def what_hides(
     for probe, at_m in zip(tool.probes_m[k], transform(T_world_tool, tool.probes_m[k]), strict=True):
         name, hit, met_m = cast(eye, (at_m - eye) / np.linalg.norm(at_m - eye)) or ("nothing", 0, np.full(3, np.inf))
         if hit != number: return "tool" if hit else name.split(".")[0]
-        credit = 2 if side_of(name) == parent_side(tool, probe) else 1
+        credit = 2 if k == ONE_PIECE[tool.class_name] or side_of(name) == parent_side(tool, probe) else 1
         if np.linalg.norm(met_m - at_m) > credit * tool.probe_radius_m[k]: return "self"
     return ""
 

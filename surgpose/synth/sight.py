@@ -94,7 +94,9 @@ def enable_depth(
 ) -> None:
     "Have all renders from now on write depth too, in full precision."
     import bpy
+    from blenderproc.python.utility.GlobalStorage import GlobalStorage
 
+    if GlobalStorage.is_in_storage("depth_output_is_enabled"): return
     bproc.renderer.enable_depth_output(activate_antialiasing=False)
     for node in bpy.context.scene.node_tree.nodes:
         if node.type == "OUTPUT_FILE": node.format.color_depth = "32"
