@@ -56,8 +56,10 @@ def test_splits_have_hues_that_training_lacks_and_training_has_white():
     splits = ("train", "val", "test")
     looks = {s: [sample_hand_look(np.random.default_rng(i), s) for i in range(300)] for s in splits}
     for part in ("glove", "arm"):
-        colours = {s: np.array([look["material"][part]["colour"] for look in some]) for s, some in looks.items()}
-        hues = {s: set(map(tuple, (c / c.max(1, keepdims=True)).round(1).tolist())) for s, c in colours.items()}
+        hues = {}
+        for split, some in looks.items():
+            colours = np.array([look["material"][part]["colour"] for look in some])
+            hues[split] = set(map(tuple, (colours / colours.max(1, keepdims=True)).round(1).tolist()))
         assert hues["val"] - hues["train"] and hues["test"] - hues["train"], part
     white = [look["colour"] for look in looks["train"] if min(look["colour"]) > 0.5]
     assert len(white) > 30, "real gloves are white: training must have them"
