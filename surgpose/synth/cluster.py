@@ -76,10 +76,9 @@ def local_client(
     from distributed import Client, LocalCluster
 
     nowhere = "127.0.0.1:0"
-    with dask.config.set(QUIET), work_folder() as scratch, LocalCluster(
+    with work_folder() as scratch, dask.config.set(QUIET | {"temporary-directory": scratch}), LocalCluster(
         n_workers=1, threads_per_worker=places, processes=False, memory_limit=0, silence_logs=logging.CRITICAL,
         dashboard_address=nowhere, worker_dashboard_address=nowhere, scheduler_kwargs=dict(dashboard=False),
-        local_directory=scratch,
     ) as cluster, Client(cluster, set_as_default=False) as client:
         for server in (cluster.scheduler, *cluster.workers.values()): server.http_server.stop()
         yield client
