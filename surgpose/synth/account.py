@@ -242,8 +242,8 @@ def say_cost(
     folder: Path | str,  # dataset folder
 ) -> str:  # one sentence
     "Say what costs most."
-    table = strategy_table(folder).dropna(subset=["seconds an image"])
-    if not len(table): return "No time was noted."
+    table = strategy_table(folder)
+    if not len(table) or table["seconds an image"].isna().all(): return "No time was noted."
     seconds, most = table["seconds an image"], table["seconds an image"].idxmax()
     return (f"{most} costs most, {seconds[most]:.1f} s for the median image, {seconds.idxmin()} least, {seconds.min():.1f} s; "
             f"the slowest image of all took {table.slowest.max():.1f} s.")
@@ -287,7 +287,8 @@ def render_summary(
     kept = notes[notes.annotated.astype(bool)]
     seen = float((kept[list(KEYPOINTS)] == "").to_numpy().mean()) if len(kept) else 0.0
     off = float(kept.against_renderer_px.max()) if len(kept) else 0.0
-    return {"images": len(scenes), "tools": len(kept), "seconds an image": round(float(scenes.seconds.fillna(0).median()), 2),
+    seconds = float(scenes.seconds.median()) if scenes.seconds.notna().any() else 0.0
+    return {"images": len(scenes), "tools": len(kept), "seconds an image": round(seconds, 2),
             "keypoints seen, %": round(100 * seen), OFF: round(off, 4),
             "tools too small to label": int((~notes.annotated.astype(bool)).sum()), "scenes failed": len(facts["failed"]),
             "asked": facts["config"]["images"], **{name: int((kept.class_name == name).sum()) for name in CLASSES}}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,20 +28,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['plain_table', 'is_rendered', 'dataset_numbers', 'render_numbers', 'dataset_figures', 'write_stats']
+__all__ = ['plain', 'plain_table', 'is_rendered', 'dataset_numbers', 'render_numbers', 'dataset_figures', 'write_stats']
 
 # %% ../../nbs/25b_statistics.ipynb #c005
+def plain(
+    value: Any,  # numbers of any library, texts, and dicts and lists of them
+) -> Any:  # what JSON knows; None for a number that is none
+    "Turn what was counted into plain data."
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple): return [plain(v) for v in value]
+    if isinstance(value, float): return round(value, 6) if isfinite(value) else None
+    return value if isinstance(value, int | str | None) else str(value)
+
+
 def plain_table(
     table: pd.DataFrame,
 ) -> dict[str, dict[str, Any]]:  # row -> column -> number, text, or None where there is none
     "Turn a table into plain data."
-    rows = {str(name): row.to_dict() for name, row in table.iterrows()}
-    return {name: {str(k): _plain(v) for k, v in row.items()} for name, row in rows.items()}
-
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float): return None if value != value else round(value, 6)
-    return value if isinstance(value, int | str | None) else str(value)
+    return plain({name: row.to_dict() for name, row in table.iterrows()})
 
 # %% ../../nbs/25b_statistics.ipynb #c007
 def is_rendered(
@@ -102,4 +108,4 @@ def write_stats(
     sheet = cv2.imencode(".jpg", dataset_sheet(data, 24, columns=6), [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, content in {**pngs, "contact_sheet.jpg": sheet}.items(): atomic_write(Path(out) / name, content)
-    return write_json(Path(out) / "stats.json", {**numbers, "figures": sorted(pngs), "sheet": "contact_sheet.jpg"})
+    return write_json(Path(out) / "stats.json", plain({**numbers, "figures": sorted(pngs), "sheet": "contact_sheet.jpg"}))
