@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -84,6 +85,13 @@ def sample_still(
     return sample_table(index, seed, cfg, split, strategy, rng)
 
 # %% ../../nbs/21_scene.ipynb #c016
+@lru_cache(maxsize=4)  # a worker draws frame after frame of the same few
+def _first(sequence: int, seed: int, config: str) -> Scene:
+    cfg = RenderConfig.model_validate_json(config)
+    cap = cfg.per_obj_cap and max(1, cfg.per_obj_cap // timing(cfg)[0])
+    return add_cameras(sample_still(sequence, seed, cfg.model_copy(update=dict(per_obj_cap=cap))), cfg)
+
+# %% ../../nbs/21_scene.ipynb #c018
 def sample_scene(
     index: int,  # which scene, from 0
     seed: int,  # root seed of the dataset
@@ -93,12 +101,10 @@ def sample_scene(
     frames, _ = timing(cfg)
     if not frames: return add_cameras(sample_still(index, seed, cfg), cfg)
     sequence, frame = divmod(index, frames)
-    cap = cfg.per_obj_cap and max(1, cfg.per_obj_cap // frames)
-    still = add_cameras(sample_still(sequence, seed, cfg.model_copy(update=dict(per_obj_cap=cap))), cfg)
-    moving = in_motion(still, frame, cfg, np.random.default_rng(np.random.SeedSequence([seed, sequence, 1])))
+    moving = in_motion(_first(sequence, seed, cfg.model_dump_json()), frame, cfg, np.random.default_rng(np.random.SeedSequence([seed, sequence, 1])))
     return replace(moving, index=index, sequence=sequence)
 
-# %% ../../nbs/21_scene.ipynb #c021
+# %% ../../nbs/21_scene.ipynb #c023
 def project_tool(
     scene: Scene,
     tool_i: int,  # which of the scene's tools
