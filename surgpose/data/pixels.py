@@ -100,7 +100,8 @@ def say_pixels(
     if not len(telling): return f"None of {len(compared)} numbers tells {counts} apart in {CLEAR:.0%} of the pairs."
     parts = [f"{name} ({row[renders]:.0f} against {row[real]:.0f} {row.unit.split()[0]})" for name, row in telling.iterrows()]
     parts = [p.replace(" grey)", ")") for p in parts]
-    said = f"{len(telling)} of {len(compared)} numbers tell {counts} apart in {CLEAR:.0%} of the pairs: {', '.join(parts[:5])}"
+    tell = "tells" if len(telling) == 1 else "tell"
+    said = f"{len(telling)} of {len(compared)} numbers {tell} {counts} apart in {CLEAR:.0%} of the pairs: {', '.join(parts[:5])}"
     return f"{said}{' and more' * (len(parts) > 5)}. " + (f"Not apart: {', '.join(rest)}." if rest else "None is alike.")
 
 # %% ../../nbs/13b_pixels.ipynb #c019

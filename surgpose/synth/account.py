@@ -267,13 +267,14 @@ def losses_table(
 def settings_table(
     folder: Path | str,  # dataset folder
 ) -> pd.DataFrame:  # setting, value, meaning
-    "List what the renderer was told, and what it means."
+    "List what the renderer was told, and what it means; what differs from the defaults comes first."
     import pandas as pd
 
     config, usual = read_json(Path(folder) / MANIFEST)["config"], RenderConfig().model_dump(mode="json")
     meaning = {name: field.description for name, field in RenderConfig.model_fields.items()}
     rows = [(name, str(value), "" if value == usual.get(name) else "own", meaning.get(name, ""))
             for name, value in config.items()]
+    rows.sort(key=lambda row: not row[2])
     return pd.DataFrame(rows, columns=["setting", "value", "changed", "meaning"])
 
 # %% ../../nbs/25_account.ipynb #c049
