@@ -66,6 +66,7 @@ def add_mesh(
         mesh.uv_layers.new().data.foreach_set("uv", uv[faces.ravel()].astype(np.float32).ravel())
     if rest_m is not None and any(material.get(k) for k in ("blood", "brushed", "wrinkles_m", "coat")):
         mesh.attributes.new("rest", "FLOAT_VECTOR", "POINT").data.foreach_set("vector", rest_m.astype(np.float32).ravel())
+    if material.get("alpha", 1.0) < 0.5: thing.blender_obj.visible_shadow = thing.blender_obj.visible_diffuse = False  # clear, and cheaper so
     thing.replace_materials(make_material(bproc, name, material))
     return thing
 

@@ -11,8 +11,8 @@ import numpy as np
 from scipy.spatial import ConvexHull
 
 from .parts import Prop
-from .soft import Hsv, cuff, draw_colour, mound, mound_points, of_split
-from .solids import Part, band, block, circle, fill, rounded_outline, smooth_curve, tube, wall
+from .soft import Hsv, cuff, cuff_parts, draw_colour, mound, mound_parts, of_split
+from .solids import Part, band, block, circle, fill, rounded_outline, sheet, smooth_curve, tube, wall
 
 # %% auto #0
 __all__ = ['STRAPS', 'plate', 'plate_parts', 'strap', 'strap_parts', 'cable', 'thread', 'line_parts', 'tray', 'tray_parts', 'box',
@@ -29,10 +29,14 @@ def plate(
     shape = dict(size_m=[float(long), float(wide), float(thick)], hooks_m=float(places), tab_m=float(rng.uniform(0.018, 0.028)),
                  notch_m=float(rng.uniform(0.006, 0.011)), holes=int(rng.integers(0, 3)), bar=bool(rng.random() < 0.6), seed=int(rng.integers(2**31)))
     tint = tuple((np.array([0.86, 0.93, 0.90]) * rng.uniform(0.8, 1.05)).round(4).tolist())
-    body = dict(colour=tint, roughness=float(rng.uniform(0.12, 0.3)), alpha=float(rng.uniform(0.05, 0.14)))
-    return Prop("plate", shape, np.eye(4), {"body": body, "edge": body | dict(alpha=float(rng.uniform(0.25, 0.45)))})
+    body = dict(colour=tint, roughness=float(rng.uniform(0.12, 0.3)), alpha=float(rng.uniform(0.03, 0.12)))
+    return Prop("plate", shape, np.eye(4), {"body": body, "edge": body | dict(colour=_edge_colour(rng), alpha=float(rng.uniform(0.2, 0.45)))})
 
 # %% ../../nbs/21r_hard.ipynb #c006
+def _edge_colour(rng: np.random.Generator) -> tuple[float, float, float]:
+    light = rng.uniform(0.02, 0.12) if rng.random() < 0.35 else rng.uniform(0.7, 1.0)  # it shows what is beside it, dark or bright
+    return tuple((np.array([0.88, 0.97, 0.93]) * light).round(4).tolist())
+
 def _plate_outline(shape: dict) -> np.ndarray:
     outline = rounded_outline(tuple(shape["size_m"][:2]), 0.004, 0.003)
     deep, tab = shape["notch_m"], shape["tab_m"] / 2
@@ -49,12 +53,21 @@ def plate_parts(shape: dict) -> list[Part]:
     (long, wide, thick), outline = shape["size_m"], _plate_outline(shape)
     spots = [(0.43 * long, 0.28 * wide), (-0.43 * long, 0.28 * wide), (0.0, -0.42 * wide)][: shape["holes"]]
     holes = tuple(circle(0.0055, spot) for spot in spots)
-    parts = [fill("body", outline, thick, holes), wall("edge", outline, 0.0, thick)]
-    parts += [wall("edge", hole[::-1], 0.0, thick) for hole in holes]
-    if shape["bar"]: parts.append(block("edge", (1.03 * long, 0.008, thick), (0.0, 0.2 * wide, thick)))
-    return parts
+    parts = [fill("body", outline, thick, holes), wall("edge", outline, 0.0, thick), _rim(outline, thick, -0.0009)]
+    for hole in holes: parts += [wall("edge", hole[::-1], 0.0, thick), _rim(hole, thick, 0.0012)]
+    if not shape["bar"]: return parts
+    bar = rounded_outline((1.03 * long, 0.008), 0.001, 0.02) + [0.0, 0.2 * wide]
+    return [*parts, fill("body", bar, 2 * thick), wall("edge", bar, thick, 2 * thick), _rim(bar, 2 * thick, -0.0007)]
 
-# %% ../../nbs/21r_hard.ipynb #c009
+# %% ../../nbs/21r_hard.ipynb #c008
+def _rim(outline_m: np.ndarray, z_m: float, wide_m: float) -> Part:
+    "Edge a flat face with a narrow strip, outwards or, below zero, inwards: where cut plastic catches the light."
+    along = np.roll(outline_m, -1, 0) - np.roll(outline_m, 1, 0)
+    out = np.stack([along[:, 1], -along[:, 0]], -1) / np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
+    rows = [np.column_stack([o, np.full(len(o), z)]) for o, z in ((outline_m + wide_m * out, z_m + 2e-4), (outline_m, z_m + 1e-4))]
+    return sheet("edge", np.stack(rows[:: 1 if wide_m > 0 else -1]), closed=True)
+
+# %% ../../nbs/21r_hard.ipynb #c010
 STRAPS: dict[str, tuple[Hsv, ...]] = {
     "train": (((0.015, 0.05), (0.75, 0.95), (0.75, 0.98)), ((-0.01, 0.01), (0.7, 0.9), (0.6, 0.9)), ((0.58, 0.62), (0.6, 0.9), (0.4, 0.8))),
     "val": (((0.06, 0.085), (0.7, 0.9), (0.7, 0.95)), ((0.64, 0.66), (0.5, 0.8), (0.4, 0.7))),
@@ -71,11 +84,11 @@ def strap(
 ) -> Prop:
     "Draw a rubber strap across y, at x = 0."
     shape = dict(span_m=float(span_m), low_m=float(low_m), over_m=[] if over_m is None else np.round(over_m, 5).tolist(), gap_m=float(rng.uniform(0.018, 0.036)),
-                 width_m=float(rng.uniform(0.006, 0.010)), thick_m=float(rng.uniform(0.0012, 0.002)), lug_m=float(rng.choice([0, rng.uniform(0.008, 0.014)])),
+                 width_m=float(rng.uniform(0.006, 0.010)), thick_m=float(rng.uniform(0.0012, 0.002)), lug_m=float(rng.choice([0, rng.uniform(0.007, 0.013)], p=[0.35, 0.65])),
                  lug_side=int(rng.choice([-1, 1])), skew_m=float(rng.normal(0, 0.005)), twist_rad=float(rng.choice([0, 0, np.pi])))
     return Prop("strap", shape, np.eye(4), {"body": dict(colour=draw_colour(rng, *of_split(STRAPS, split)), roughness=float(rng.uniform(0.35, 0.7)))})
 
-# %% ../../nbs/21r_hard.ipynb #c010
+# %% ../../nbs/21r_hard.ipynb #c011
 def strap_parts(shape: dict) -> list[Part]:
     "Mesh a strap: two strands over the hull of what is below, joined at the hooks."
     half, gap = shape["span_m"] / 2, shape["gap_m"] / 2
@@ -88,7 +101,7 @@ def strap_parts(shape: dict) -> list[Part]:
     parts = []
     for side in (-1, 1):
         x = side * gap * (1 - 0.3 * np.sin(np.pi * (y / half + 1) / 2)) + shape["skew_m"] * y / half
-        twist = shape["twist_rad"] * np.clip((y / half + 0.75) * 4, 0, 1) if side > 0 else 0.0
+        twist = shape["twist_rad"] * np.clip((y / half + 0.9) * 2, 0, 1) if side > 0 else 0.0
         parts.append(band("body", np.stack([x, y, z], -1), shape["width_m"], shape["thick_m"], twist_rad=twist))
     for end in (-1, 1):
         across = np.array([[-gap - 0.004, end * half, shape["low_m"] - 0.002], [0, end * (half + 0.002), shape["low_m"] + 0.001],
@@ -100,7 +113,7 @@ def strap_parts(shape: dict) -> list[Part]:
         parts += [fill("body", lug, shape["low_m"] + 0.003), wall("body", lug, shape["low_m"] + 0.0015, shape["low_m"] + 0.003)]
     return parts
 
-# %% ../../nbs/21r_hard.ipynb #c012
+# %% ../../nbs/21r_hard.ipynb #c013
 def cable(
     rng: np.random.Generator,
     split: str = "train",
@@ -119,7 +132,7 @@ def cable(
     colour = draw_colour(rng, ((0.0, 1.0), (0.0, 0.15), of_split(values, split)))
     return Prop("cable", dict(points_m=np.round(points_m, 5).tolist(), radius_m=radius), np.eye(4), {"body": dict(colour=colour, roughness=float(rng.uniform(0.2, 0.6)))})
 
-# %% ../../nbs/21r_hard.ipynb #c013
+# %% ../../nbs/21r_hard.ipynb #c014
 def thread(
     rng: np.random.Generator,
     split: str = "train",
@@ -135,13 +148,13 @@ def thread(
     shape = dict(points_m=np.round(points_m, 5).tolist(), radius_m=float(rng.uniform(0.00012, 0.0003)))
     return Prop("thread", shape, np.eye(4), {"body": dict(colour=draw_colour(rng, *of_split(colours, split)), roughness=0.4)})
 
-# %% ../../nbs/21r_hard.ipynb #c014
+# %% ../../nbs/21r_hard.ipynb #c015
 def line_parts(shape: dict) -> list[Part]:
     "Mesh a cable or a thread."
     sides, count = (4, 60) if shape["radius_m"] < 0.001 else (10, 80)
     return [tube("body", smooth_curve(shape["points_m"], count), shape["radius_m"], sides=sides)]
 
-# %% ../../nbs/21r_hard.ipynb #c016
+# %% ../../nbs/21r_hard.ipynb #c017
 def tray(
     rng: np.random.Generator,
     split: str = "train",
@@ -154,7 +167,7 @@ def tray(
     steel = dict(colour=(0.6, 0.61, 0.62), roughness=float(rng.uniform(0.15, 0.4)), metallic=1.0)
     return Prop("tray", dict(size_m=size, wire=wire, pitch_m=float(rng.uniform(0.008, 0.016))), np.eye(4), {"body": steel})
 
-# %% ../../nbs/21r_hard.ipynb #c017
+# %% ../../nbs/21r_hard.ipynb #c018
 def tray_parts(shape: dict) -> list[Part]:
     "Mesh a tray or a basket."
     (x, y, z), outline = shape["size_m"], rounded_outline(tuple(shape["size_m"][:2]), 0.015, 0.02)
@@ -168,7 +181,7 @@ def tray_parts(shape: dict) -> list[Part]:
             parts.append(tube("body", line[:, [0, 1, 2] if axis == 0 else [1, 0, 2]], 0.0007, sides=4))
     return parts
 
-# %% ../../nbs/21r_hard.ipynb #c018
+# %% ../../nbs/21r_hard.ipynb #c019
 def box(
     rng: np.random.Generator,
     split: str = "train",
@@ -177,16 +190,16 @@ def box(
     colours = {"train": (((0.08, 0.11), (0.3, 0.55), (0.45, 0.8)), ((0.0, 1.0), (0.0, 0.1), (0.7, 0.95))),
                "val": (((0.06, 0.075), (0.4, 0.6), (0.3, 0.6)),), "test": (((0.12, 0.15), (0.3, 0.6), (0.4, 0.7)),)}
     size, of = [float(rng.uniform(*r)) for r in ((0.12, 0.30), (0.08, 0.2), (0.02, 0.08))], str(rng.choice(["wood", "cardboard"]))
-    look = dict(colour=draw_colour(rng, *of_split(colours, split)), roughness=float(rng.uniform(0.4, 0.8)), texture=of,
+    look = dict(colour=draw_colour(rng, *of_split(colours, split)), roughness=float(rng.uniform(0.4, 0.8)), texture=of, side_px=256,
                 seed=int(rng.integers(2**31)), paint=dict(prints=int(rng.integers(0, 4))))
     return Prop("box", dict(size_m=size), np.eye(4), {"body": look})
 
-# %% ../../nbs/21r_hard.ipynb #c019
+# %% ../../nbs/21r_hard.ipynb #c020
 def box_parts(shape: dict) -> list[Part]:
     "Mesh a box."
     return [block("body", tuple(shape["size_m"]))]
 
-# %% ../../nbs/21r_hard.ipynb #c021
+# %% ../../nbs/21r_hard.ipynb #c022
 def trainer(
     rng: np.random.Generator,
     split: str = "train",
@@ -201,10 +214,11 @@ def trainer(
     up = np.eye(4); up[2, 3] = thick
     skin, props = replace(skin, T_world_prop=up), []
     if skin.shape["form"] == "leg": props = [cuff(rng, split, leg=skin, end=end) for end in (-1, 1) if rng.random() < 0.85]
+    below = np.concatenate([mound_parts(skin.shape)[0].vertices_m, *(cuff_parts(p.shape)[0].vertices_m for p in props)]) + [0, 0, thick]
     for end in (-1, 1):
-        share = 0.5 + end * hooks / skin.shape["length_m"]
-        over = mound_points(skin.shape, share, np.linspace(0, 1, 24), grow_m=0.005)[:, 1:] + [0, thick] if 0 < share < 1 else None
-        at = np.eye(4); at[0, 3] = end * hooks
+        at, over = np.eye(4), below[np.abs(below[:, 0] - end * hooks) < 0.025, 1:]
+        at[0, 3] = end * hooks
+        over = over[ConvexHull(over).vertices] + [0, 0.0008] if len(over) > 3 else None
         props.append(replace(strap(rng, split, span_m=wide, low_m=thick, over_m=over), T_world_prop=at))
     T = np.eye(4) if T_world is None else T_world
     return tuple(replace(p, T_world_prop=T @ p.T_world_prop) for p in (skin, base, *props))

@@ -42,10 +42,9 @@ TEXTURE_PX = 512
 
 def tinted(
     material: dict,  # with texture
-    side_px: int = TEXTURE_PX,
 ) -> np.ndarray:  # (side_px, side_px, 4) float32, coded for a screen, lowest row first
     "Make the picture of a textured material."
-    kind, seed = material["texture"], material["seed"]
+    kind, seed, side_px = material["texture"], material["seed"], material.get("side_px", TEXTURE_PX)
     if kind in SURFACES: rgb = surface(kind, seed, side_px, size_m=material.get("size_m", 0.2), paint=material.get("paint"))
     else: rgb = texture(kind, seed, side_px, side_px)[..., ::-1]
     rgba = np.ones((side_px, side_px, 4), np.float32)

@@ -30,7 +30,7 @@ from .soft import drape as drape
 from .soft import gauze as gauze
 from .soft import mound as mound
 from .soft import wound_points as wound_points
-from .solids import Part
+from .solids import Part, merged
 
 # %% auto #0
 __all__ = ['KINDS', 'prop_parts', 'moved', 'top_m']
@@ -44,10 +44,10 @@ KINDS: dict[str, Callable[[dict], list[Part]]] = {
 
 def prop_parts(
     prop: Prop,
-) -> list[Part]:
+) -> list[Part]:  # one for each material
     "Build a prop."
     if prop.kind not in KINDS: raise ValueError(f"prop: expected one of {', '.join(KINDS)}, got {prop.kind!r}")
-    return KINDS[prop.kind](prop.shape)
+    return merged(KINDS[prop.kind](prop.shape))
 
 # %% ../../nbs/21f_props.ipynb #c006
 def moved(

@@ -52,9 +52,9 @@ def of_split(
 # %% ../../nbs/21q_soft.ipynb #c010
 CLOTH_M = 0.5  # what one side of the cloth's texture stands for
 
-def _woven(rng: np.random.Generator, colour: tuple[float, float, float], roughness: float) -> dict:
-    return dict(colour=colour, roughness=round(roughness, 3), texture="cloth", seed=int(rng.integers(2**31)), size_m=CLOTH_M,
-                bump=round(float(rng.uniform(0.1, 0.5)), 3), paint=dict(folds=int(rng.integers(0, 4)), spots=int(rng.integers(0, 4))))
+def _woven(rng: np.random.Generator, colour: tuple[float, float, float], roughness: float, side_px: int = 512) -> dict:
+    return dict(colour=colour, roughness=round(roughness, 3), specular=0.15 if roughness < 0.65 else 0.0, texture="cloth", side_px=side_px, seed=int(rng.integers(2**31)), size_m=CLOTH_M,
+                paint=dict(folds=int(rng.integers(0, 4)), spots=int(rng.integers(0, 4))))
 
 def drape(
     rng: np.random.Generator,
@@ -67,7 +67,7 @@ def drape(
     looks = of_split(DRAPES, split)
     colour = draw_colour(rng, looks[look or str(rng.choice(["green", "mint", "blue"], p=[0.5, 0.3, 0.2]))])
     rough = rng.random() < (0.8 if look == "gown" else 0.5)  # else it is drawn smooth
-    shape = dict(size_m=size_m, cells=120, waves_m=rng.uniform(0.002, 0.012) * (1 + rough), crinkles_m=rng.uniform(0.0003, 0.003) * (0.3 + rough),
+    shape = dict(size_m=size_m, cells=120, waves_m=rng.uniform(0.003, 0.014) * (0.6 + rough), crinkles_m=rng.uniform(0.0005, 0.005) * (0.3 + rough),
                  pulls_m=rng.choice([0, rng.uniform(0.0005, 0.003)]), lines_m=rng.choice([0, rng.uniform(0.0008, 0.002)]),
                  stretch=rng.uniform(1, 5), angle_deg=rng.uniform(0, 180), seed=int(rng.integers(2**31)))
     return Prop("drape", {k: float(v) if isinstance(v, np.floating) else v for k, v in shape.items()}, np.eye(4),
@@ -124,7 +124,7 @@ def mound(
                  wound=[[middle[0] - half, middle[1] - tilt], [middle[0] + half, middle[1] + tilt]] if wound else None,
                  slit_m=rng.uniform(0.0005, 0.002), seed=int(rng.integers(2**31)))
     paint = dict(pen=bool(rng.random() < 0.6), stitches=int(rng.integers(0, 7)), gape_mm=rng.choice([0.3, rng.uniform(0.5, 4)]),
-                 scars=int(rng.integers(0, 3)), blood=rng.choice([0, 0, rng.uniform(0.005, 0.05)]))
+                 scars=int(rng.choice(3, p=[0.6, 0.3, 0.1])), blood=rng.choice([0, 0, rng.uniform(0.005, 0.05)]))
     skin = dict(colour=draw_colour(rng, of_split(SKIN, split)), roughness=rng.uniform(0.35, 0.6), specular=rng.uniform(0.15, 0.45),
                 texture="skin_marked", seed=int(rng.integers(2**31)), bump=rng.uniform(0.1, 0.4), paint=paint)
     return Prop("mound", _plain(shape), np.eye(4), {"body": _plain(skin)})
@@ -192,7 +192,7 @@ def cuff(
     colour = draw_colour(rng, white if look == "white" else of_split(DRAPES, split)[look])
     shape = dict(leg=leg.shape, end=end, cover=float(rng.uniform(0.2, 0.32)), beyond=float(rng.uniform(0.02, 0.12)),
                  loose_m=float(rng.uniform(0.001, 0.004)), seed=int(rng.integers(2**31)))
-    return Prop("cuff", shape, leg.T_world_prop, {"body": _woven(rng, colour, 0.85)})
+    return Prop("cuff", shape, leg.T_world_prop, {"body": _woven(rng, colour, 0.85, 256)})
 
 # %% ../../nbs/21q_soft.ipynb #c023
 def cuff_parts(shape: dict) -> list[Part]:
@@ -208,7 +208,7 @@ def cuff_parts(shape: dict) -> list[Part]:
     way = grid - mound_points(shape["leg"], held, v)
     grid += way / (np.linalg.norm(way, axis=-1, keepdims=True) + 1e-9) * (shape["loose_m"] * folds * (1 + s))[..., None]
     grid[..., 0] = ((share if shape["end"] < 0 else 1 - share) - 0.5) * shape["leg"]["length_m"]
-    uv = np.stack([s * shape["leg"]["length_m"] * shape["cover"], v * 2.2 * shape["leg"]["width_m"]], -1) / CLOTH_M
+    uv = np.stack([s * shape["leg"]["length_m"] * shape["cover"], v * 2.2 * shape["leg"]["width_m"]], -1) * 2 / CLOTH_M
     return [sheet("body", *((grid,) if shape["end"] < 0 else (grid[:, ::-1],)), uv=uv if shape["end"] < 0 else uv[:, ::-1])]
 
 # %% ../../nbs/21q_soft.ipynb #c024
@@ -222,8 +222,8 @@ def gauze(
     side = rng.uniform(0.04, 0.10)
     shape = dict(size_m=[float(side), float(side * rng.uniform(0.6, 1))], height_m=float(rng.uniform(0.004, 0.016)), seed=int(rng.integers(2**31)))
     bloody = float(rng.choice([0, rng.uniform(0.1, 0.7)])) if bloody is None else bloody
-    white = dict(colour=tuple((rng.uniform(0.75, 0.9) * np.array([1, 0.99, 0.96])).round(4).tolist()), roughness=0.9, texture="gauze",
-                 seed=int(rng.integers(2**31)), bump=0.5, paint=dict(blood=round(bloody, 3)))
+    white = dict(colour=tuple((rng.uniform(0.75, 0.9) * np.array([1, 0.99, 0.96])).round(4).tolist()), roughness=0.9, specular=0.0, texture="gauze",
+                 side_px=256, seed=int(rng.integers(2**31)), bump=0.5, paint=dict(blood=round(bloody, 3)))
     return Prop("gauze", shape, np.eye(4), {"body": white})
 
 # %% ../../nbs/21q_soft.ipynb #c025
@@ -250,21 +250,30 @@ def blood(
     "Draw a wet patch on the table, or around the wound."
     long = float(rng.uniform(*size_m))
     shape = dict(size_m=[long, float(long * rng.uniform(0.3, 0.9))], seed=int(rng.integers(2**31)), over=over and over.shape)
-    wet = dict(colour=tuple((np.array(BLOOD) * rng.uniform(0.6, 1.6)).round(5).tolist()), roughness=0.2, alpha=0.92)
+    wet = dict(colour=tuple((np.array(BLOOD) * rng.uniform(0.6, 1.6)).round(5).tolist()), roughness=0.25, specular=0.35, alpha=0.92)
     return Prop("blood", shape, over.T_world_prop if over else np.eye(4), {"body": wet})
 
 # %% ../../nbs/21q_soft.ipynb #c027
+def _pool(rng: np.random.Generator, size_m: list[float]) -> np.ndarray:
+    turn, reach = np.meshgrid(np.linspace(0, 2 * np.pi, 73), np.linspace(0, 1, 9))
+    ripple = sum(rng.normal(0, 0.22 / k**0.5) * np.sin(k * turn + rng.uniform(0, 6.28)) for k in range(2, 7))
+    r = reach * np.clip(1 + ripple * reach, 0.3, 2)
+    film = 0.0001 + 0.02 * min(size_m) * np.sqrt(np.sqrt(1 - reach**4))
+    return np.stack([r * np.cos(turn) * size_m[0] / 2, r * np.sin(turn) * size_m[1] / 2, film], -1)[:, ::-1]
+
 def blood_parts(shape: dict) -> list[Part]:
-    "Mesh a wet patch."
+    "Mesh a wet patch and the drops around it."
     rng = np.random.default_rng(shape["seed"])
-    turn, reach = np.meshgrid(np.linspace(0, 2 * np.pi, 73), np.linspace(0, 1, 8))
-    ripple = sum(rng.normal(0, 0.5 / k) * np.sin(k * turn + rng.uniform(0, 6.28)) for k in range(2, 14))
-    r = reach * np.clip(1 + ripple, 0.25, 2)
-    x, y = r * np.cos(turn) * shape["size_m"][0] / 2, r * np.sin(turn) * shape["size_m"][1] / 2
-    film = 0.0006 * np.sqrt(1 - reach**2) + 0.0001
-    if not shape["over"]: return [sheet("body", np.stack([x, y, film], -1)[:, ::-1])]
-    leg, (a, b) = shape["over"], np.array(shape["over"]["wound"])
-    u = (a[0] + b[0]) / 2 + x / leg["length_m"]
-    v = (a[1] + b[1]) / 2 + y / (1.6 * leg["width_m"])
-    at = mound_points(leg, np.clip(u, 0.02, 0.98), np.clip(v, 0, 1))
-    return [sheet("body", at + (mound_points(leg, u, v, grow_m=0.001) - mound_points(leg, u, v)) * (film * 1000)[..., None])]
+    pools = [_pool(rng, shape["size_m"])]
+    for _ in range(rng.integers(0, 7)):
+        drop = shape["size_m"][0] * rng.uniform(0.03, 0.15)
+        pools.append(_pool(rng, [drop, drop * rng.uniform(0.6, 1)]) + [*rng.normal(0, 0.6, 2) * shape["size_m"], 0])
+    if shape["over"]: pools = [_draped(shape["over"], pool) for pool in pools]
+    return [sheet("body", pool) for pool in pools]
+
+# %% ../../nbs/21q_soft.ipynb #c028
+def _draped(leg: dict, pool: np.ndarray) -> np.ndarray:
+    (a, b), x, y = np.array(leg["wound"]), pool[..., 0], pool[..., 1]
+    u, v = np.clip((a[0] + b[0]) / 2 + x / leg["length_m"], 0.02, 0.98), np.clip((a[1] + b[1]) / 2 + y / (1.6 * leg["width_m"]), 0.02, 0.98)
+    skin = mound_points(leg, u, v)
+    return skin + (mound_points(leg, u, v, grow_m=0.001) - skin) * (pool[..., 2] * 1000)[..., None]

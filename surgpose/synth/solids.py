@@ -13,7 +13,7 @@ from scipy.spatial import Delaunay
 
 # %% auto #0
 __all__ = ['Part', 'sheet', 'smooth_curve', 'carried_frames', 'tube', 'band', 'is_inside', 'fill', 'wall', 'circle',
-           'rounded_outline', 'block']
+           'rounded_outline', 'block', 'merged']
 
 # %% ../../nbs/21p_solids.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -196,3 +196,22 @@ def block(
     unit = (corners - corners.min(0)) / max(size_m)
     uv = np.vstack([unit[side][:, across[i]] for i, side in enumerate(sides)])
     return Part(role, corners[sides].reshape(-1, 3), np.arange(24).reshape(6, 4), uv)
+
+# %% ../../nbs/21p_solids.ipynb #c036
+def merged(
+    parts: list[Part],
+) -> list[Part]:  # one for each role, of triangles where there were both kinds of faces
+    "Join parts of the same role."
+    joined = []
+    for role in dict.fromkeys(p.role for p in parts):
+        same = [p for p in parts if p.role == role]
+        starts = np.cumsum([0, *(len(p.vertices_m) for p in same)])
+        mixed = len({p.faces.shape[1] for p in same}) > 1
+        faces = [start + (_triangles(p.faces) if mixed else p.faces) for p, start in zip(same, starts[:-1], strict=True)]
+        uv = np.vstack([np.zeros((len(p.vertices_m), 2)) if p.uv is None else p.uv for p in same])
+        joined.append(Part(role, np.vstack([p.vertices_m for p in same]), np.vstack(faces), uv, same[0].paint))
+    return joined
+
+# %% ../../nbs/21p_solids.ipynb #c037
+def _triangles(faces: np.ndarray) -> np.ndarray:
+    return faces if faces.shape[1] == 3 else np.vstack([faces[:, [0, 1, 2]], faces[:, [0, 2, 3]]])

@@ -49,9 +49,9 @@ def mixed(
 
 # %% ../../nbs/21s_surfaces.ipynb #c011
 def _cloth(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
-    grain = 0.5 * (fractal_noise(rng, side, side, side / 2, 1, 8) + fractal_noise(rng, side, side, side / 2, 1, 8).T) - 0.5
+    grain = 0.5 * (fractal_noise(rng, side, side, side / 2, 1, 4) + fractal_noise(rng, side, side, side / 2, 1, 4).T) - 0.5
     dye = fractal_noise(rng, side, side, rng.uniform(2, 6), 5) - 0.5
-    light = (0.93 + rng.uniform(0.02, 0.10) * grain + rng.uniform(0.02, 0.14) * dye)[..., None]
+    light = (0.93 + rng.uniform(0.01, 0.05) * grain + rng.uniform(0.02, 0.14) * dye)[..., None]
     for _ in range(paint.get("folds", 0)):
         a, b, depth = rng.uniform(-0.1, 1.1), rng.uniform(-0.03, 0.03), rng.uniform(0.03, 0.12)
         line, lit = np.array([[a, -0.1], [a + b, 1.1]])[:, :: rng.choice([-1, 1])], np.ones((side, side, 1), np.float32)
@@ -102,8 +102,8 @@ def _pen_marks(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm:
 
 # %% ../../nbs/21s_surfaces.ipynb #c016
 def _wound(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: float, gape_mm: float) -> np.ndarray:
-    side, s, (_, across, _) = len(skin), np.linspace(0, 1, 40)[:, None], _ways(line)
-    middle = line[0] + s * (line[1] - line[0]) + across * np.interp(s, np.linspace(0, 1, 7), rng.normal(0, 0.35, 7)) * mm / side
+    side, s, (_, across, length) = len(skin), np.linspace(0, 1, 40)[:, None], _ways(line)
+    middle = line[0] + s * (line[1] - line[0]) + across * np.interp(s, np.linspace(0, 1, 7), rng.normal(0, 0.02, 7)) * length * (0.5 + rng.random())
     half = gape_mm * np.sin(np.pi * s) ** 0.6 * (1 + 0.3 * rng.standard_normal((40, 1))) * mm / side / 2
     lens = np.zeros((side, side), np.uint8)
     lips = np.vstack([middle + across * half, (middle - across * half)[::-1]])
@@ -130,22 +130,24 @@ def _stitches(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: 
 # %% ../../nbs/21s_surfaces.ipynb #c019
 def _bloody(rng: np.random.Generator, picture: np.ndarray, share: float, line: np.ndarray | None = None) -> np.ndarray:
     side = len(picture)
-    cloud = fractal_noise(rng, side, side, rng.uniform(5, 10), 5, fade=0.55)
+    cloud = fractal_noise(rng, side, side, rng.uniform(1.5, 3.5) if line is None else 8, 6, fade=0.5)
     if line is not None:
         y, x = np.mgrid[:side, :side].astype(np.float32) / side
         (along, across, length), middle = _ways(line), line.mean(0)
         u, v = ((x - middle[0]) * way[0] + (y - middle[1]) * way[1] for way in (along, across))
         cloud = 0.8 * cloud + 0.7 * np.exp(-((u / length) ** 2) * 2 - (v / rng.uniform(0.04, 0.10)) ** 2)
-    thick = np.clip((cloud - np.quantile(cloud, 1 - share)) * rng.uniform(4, 9) + 0.35, 0, 1)
-    stain = picture * (1 - np.clip(2.2 * thick, 0, 1)[..., None] * np.array([0.18, 0.82, 0.8]))
-    return mixed(stain, np.clip(1.4 * thick - 0.35, 0, rng.uniform(0.5, 0.92)), np.array([0.36, 0.03, 0.03]))
+    thick = np.clip((cloud - np.quantile(cloud, 1 - share)) * rng.uniform(2.5, 6) + 0.25, 0, 1)
+    thick *= 0.75 + 0.5 * (fractal_noise(rng, side, side, 30, 3) - 0.5)
+    stain = picture * (1 - np.clip(1.8 * thick, 0, 1)[..., None] * np.array([0.25, 0.85, 0.83]))
+    return mixed(stain, np.clip(1.4 * thick - 0.3, 0, rng.uniform(0.6, 0.9)), np.array([0.36, 0.03, 0.03]))
 
 # %% ../../nbs/21s_surfaces.ipynb #c020
 def _skin_marked(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     skin, mm = _skin(rng, side, size_m, paint), 1e-3 / size_m * side
     for _ in range(paint.get("scars", 0)):
         a = rng.uniform(0.2, 0.8, 2)
-        skin = _wound(rng, skin, np.array([a, a + rng.normal(0, 1, 2) * (0.12, 0.02)]), mm, 0.3)
+        cut = np.linspace(a, a + rng.normal(0, 1, 2) * (0.12, 0.02), 9) + rng.normal(0, 0.15 * mm / side, (9, 2))
+        dab(skin, cut, 3 * mm, (0.85, 0.5, 0.47), 0.3, mm); dab(skin, cut, 0.4 * mm, (0.35, 0.07, 0.08), 0.85)
     if paint.get("wound") is None: return skin
     line = np.array(paint["wound"], float)
     if paint.get("pen"): _pen_marks(rng, skin, line, mm)
