@@ -101,7 +101,8 @@ def drape_parts(shape: dict) -> list[Part]:
     places = [((a / shape["size_m"] + 0.5) * (len(relief) - 1)).astype(np.float32) for a in (x, y)]
     z = cv2.remap(relief.astype(np.float32), *places, cv2.INTER_CUBIC)
     near = np.hypot(x, y) < 0.3 * shape["size_m"]
-    return [sheet("body", np.stack([x, y, z - np.percentile(z[near], 98)], -1), uv=np.stack([x, y], -1) / CLOTH_M + 0.5)]
+    z = z - np.percentile(z[near], 98) + shape.get("heap_m", 0.0) * (1 - (2 * np.maximum(np.abs(x), np.abs(y)) / shape["size_m"]) ** 4)
+    return [sheet("body", np.stack([x, y, z], -1), uv=np.stack([x, y], -1) / CLOTH_M + 0.5)]
 
 # %% ../../nbs/21q_soft.ipynb #c015
 def mound(

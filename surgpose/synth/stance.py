@@ -21,8 +21,8 @@ from .solids import Part
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['Stance', 'stand', 'stance_of', 'Ground', 'ground_under', 'clearance_m', 'raised', 'taken_by', 'spot_in_view',
-           'lay_distractors']
+__all__ = ['Stance', 'stand', 'stance_of', 'Ground', 'ground_under', 'clearance_m', 'raised', 'rested', 'taken_by',
+           'spot_in_view', 'lay_distractors']
 
 # %% ../../nbs/21h_stance.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -91,18 +91,19 @@ def _corners(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float
 # %% ../../nbs/21h_stance.ipynb #c018
 def ground_under(
     props: Iterable[Prop],  # what counts as ground
-    reach_m: float = 0.3,  # half a side of the map, which lies round the origin
+    reach_m: float = 0.35,  # half a side of the map, which lies round the origin
     cell_m: float = 0.005,
 ) -> Ground:
     "Map the heights of things, seen from above."
     cells = 2 * round(reach_m / cell_m) + 1
-    height = np.zeros((cells, cells))
+    height = np.full((cells, cells), -1.0)
     for part, T in ((part, prop.T_world_prop) for prop in props for part in prop_parts(prop)):
         xyz_m = _corners(part, T, reach_m, cell_m)
         x, y = np.round((xyz_m[:, :2] + reach_m) / cell_m).astype(int).T
         inside = (x >= 0) & (x < cells) & (y >= 0) & (y < cells)
         np.maximum.at(height, (y[inside], x[inside]), xyz_m[inside, 2])
-    return Ground(grey_closing(height, 3), np.array([-reach_m, -reach_m]), cell_m)
+    height = grey_closing(height, 3)
+    return Ground(np.where(height > -1, height, 0.0), np.array([-reach_m, -reach_m]), cell_m)
 
 # %% ../../nbs/21h_stance.ipynb #c022
 def clearance_m(
@@ -126,7 +127,16 @@ def raised(
     T[2, 3] += lift if drop else max(lift, 0.0)
     return replace(placed, T_world_tool=T)
 
-# %% ../../nbs/21h_stance.ipynb #c027
+# %% ../../nbs/21h_stance.ipynb #c024
+def rested(
+    prop: Prop,
+    ground: Ground,
+) -> Prop:
+    "Let a prop down, or lift it, until it touches the ground."
+    xyz_m = np.concatenate([transform(prop.T_world_prop, p.vertices_m) for p in prop_parts(prop)])
+    return moved(prop, rigid(None, [0, 0, float((ground.at(xyz_m[:, :2]) - xyz_m[:, 2]).max())]))
+
+# %% ../../nbs/21h_stance.ipynb #c028
 def taken_by(
     tools: Iterable[ToolPlacement],
     radius_m: float = 0.045,
@@ -135,23 +145,26 @@ def taken_by(
     points = [transform(t.T_world_tool, build_tool(t.asset, t.opening_deg).keypoints_m[[TIP, HINGE, HANDLE]]) for t in tools]
     return [(float(x), float(y), radius_m) for x, y, _ in np.reshape(points, (-1, 3))]
 
-# %% ../../nbs/21h_stance.ipynb #c028
+# %% ../../nbs/21h_stance.ipynb #c029
 def spot_in_view(
     rng: np.random.Generator,
     camera: Camera,
     taken: list[tuple[float, float, float]],  # circles: x, y in the world and radius, m
-    tries: int = 12,
+    ground: Ground | None = None,  # flat when absent
+    tries: int = 16,
 ) -> np.ndarray:  # (2,) world, on the table
-    "Find a free place on the table that the camera sees; the freest of some, if none is."
+    "Find a free and flat place on the table that the camera sees; the best of some, if none is."
+    around, flat_m = 0.05 * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]]), 0.012
     eye, spots = camera.T_world_cam[:3, 3], []
     for _ in range(tries):
         aim = rng.uniform(0.06, 0.94, 2) * (camera.width - 1, camera.height - 1)
         ray = camera.T_world_cam[:3, :3] @ np.linalg.solve(camera.K, [*aim, 1.0])
         spots.append((eye - ray * eye[2] / min(ray[2], -1e-3))[:2])
     room = [min((np.hypot(*(spot - c[:2])) / c[2] for c in taken), default=9.0) for spot in spots]
+    if ground: room = [min(r, flat_m / max(np.ptp(ground.at(spot + around)), 1e-6)) for r, spot in zip(room, spots, strict=True)]
     return spots[next((i for i, r in enumerate(room) if r > 1), int(np.argmax(room)))]
 
-# %% ../../nbs/21h_stance.ipynb #c031
+# %% ../../nbs/21h_stance.ipynb #c032
 def lay_distractors(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -164,8 +177,8 @@ def lay_distractors(
     "Lay down instruments that nobody labels."
     props, taken = [], list(taken)
     for _ in range(count):
-        x, y = spot_in_view(rng, camera, taken)
-        z = float(ground.at(np.array([[x, y]]))[0]) if ground else 0.0
-        props.append(moved(sample_distractor(rng, cfg, split), rigid(turned(rng.uniform(0, 2 * np.pi), 0, 0), [x, y, z])))
+        x, y = spot_in_view(rng, camera, taken, ground)
+        prop = moved(sample_distractor(rng, cfg, split), rigid(turned(rng.uniform(0, 2 * np.pi), 0, 0), [x, y, 0]))
+        props.append(rested(prop, ground) if ground else prop)
         taken.append((x, y, 0.07))
     return tuple(props)

@@ -20,6 +20,7 @@ from .props import thread
 from .stage import Stage, operating_stage, trainer_stage
 from .stance import Stance, lay_distractors, raised, spot_in_view, stance_of, stand, taken_by
 from .surroundings import leaves_view, sample_post
+from .tools import opening_range
 
 # %% auto #0
 __all__ = ['LYING_SHARE', 'WAYS_DEG', 'TILTS_DEG', 'FOV_SHARES', 'ELBOWS_M', 'STAGES', 'DIMMED', 'Role', 'sample_roles',
@@ -42,7 +43,7 @@ def sample_roles(
     cfg: RenderConfig,
 ) -> tuple[Role, ...]:
     "Draw the tools of a scene and who holds them."
-    count = int(pick(rng, {n: w * (2 if n == 2 else 1) for n, w in cfg.tools_per_image.items()}))
+    count = int(pick(rng, {n: w * (4 if n == 2 else 1) for n, w in cfg.tools_per_image.items()}))
     names = list(CLASSES) if rng.random() < 0.9 else [CLASSES[rng.integers(2)]] * 2
     sides = ["right", "left"] if rng.random() < 0.85 else ["left", "right"]
     roles = [Role(n, s, bool(rng.random() >= LYING_SHARE)) for n, s in zip(names, sides, strict=True)]
@@ -79,8 +80,8 @@ def hold_tool(
     split: str,
 ) -> ToolPlacement:
     "Place one held tool of a theatre."
-    opening = sample_opening(rng, cfg, asset) * (0.6 if role.class_name == "needle_holder" else 1.0)
-    stance = sample_stance(rng, stage, role.side, max(opening, 0.0))
+    low, opening = opening_range(asset)[0], sample_opening(rng, cfg, asset)
+    stance = sample_stance(rng, stage, role.side, low + (opening - low) * (0.6 if role.class_name == "needle_holder" else 1.0))
     material = sample_materials(rng, cfg, role.class_name, family=stage.family, split=split)
     return raised(stand(asset, material, stance), stage.ground, 0.0003)
 
@@ -122,7 +123,7 @@ def theatre_camera(
     distance = K[0, 0] * length_m / (rng.uniform(*cfg.theatre_span) * short)
     low, high = cfg.tilt_deg
     span = (min(low, high / 3), high / 3) if family == "trainer" else ((low + high) / 2, high)
-    heading = np.pi / 2 + (rng.normal(0, 0.35) if rng.random() < 0.5 else rng.uniform(-np.pi, np.pi))
+    heading = np.pi / 2 + (rng.normal(0, 0.35) if rng.random() < 0.65 else rng.uniform(-np.pi, np.pi))
     lean, tilt = heading + np.pi, np.radians(rng.uniform(*span))
     if family == "trainer": lean, tilt = rng.uniform(0, 2 * np.pi), np.radians(span[0] + np.ptp(span) * rng.beta(1, 3))
     way = np.array([np.sin(tilt) * np.cos(lean), np.sin(tilt) * np.sin(lean), np.cos(tilt)])
@@ -199,15 +200,15 @@ def free_camera(
     tries: int = 8,
 ) -> Camera:
     "Hang a camera where no hand is right before the lens, if it can be done."
-    long, aim = length_m(stand(asset, {}, Stance((0, 0, 0), 0, 0, 0, 0.0))), stage.wound_m.mean(0)
+    long, aim = length_m(stand(asset, {}, Stance((0, 0, 0), 0, 0, 0, opening_range(asset)[0]))), stage.wound_m.mean(0)
     for _ in range(tries):
         camera = theatre_camera(rng, cfg, stage.family, split, long, aim)
-        if all(leaves_view(hand, camera, aim) for hand in hands): break
+        if all(leaves_view(hand, camera, aim, 0.45) for hand in hands): break
     return camera
 
 # %% ../../nbs/21g_theatre.ipynb #c034
 STAGES = {"trainer": trainer_stage, "operating_room": operating_stage}
-DIMMED = {"trainer": 1.0, "operating_room": 0.6}  # factor on the wanted brightness
+DIMMED = {"trainer": 1.0, "operating_room": 0.7}  # factor on the wanted brightness
 
 def sample_theatre(
     index: int,  # which scene, from 0
@@ -225,7 +226,7 @@ def sample_theatre(
     camera = free_camera(rng, cfg, stage, split, assets[0], hands)
     taken = [(0.0, 0.0, 0.09), *taken_by(t for t in tools if t)]
     for i in (i for i, tool in enumerate(tools) if tool is None):
-        tools[i] = lay_tool(rng, cfg, stage, assets[i], split, spot_in_view(rng, camera, taken))
+        tools[i] = lay_tool(rng, cfg, stage, assets[i], split, spot_in_view(rng, camera, taken, stage.ground))
         taken += taken_by([tools[i]])
     props = (*stage.props, suture(rng, stage, split, np.array(stance_of(tools[0]).tip_m)),
              *lay_distractors(rng, cfg, split, int(pick(rng, cfg.distractors)), camera, taken, stage.ground))
