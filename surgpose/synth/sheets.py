@@ -114,7 +114,7 @@ def theatre_sheet(
     "Lay renders of the theatre beside frames of a real video."
     (pictures, captions), real = theatre_pictures(folder, renders), real_frames(real_video, frames)
     if not pictures and not real: return text_strip("no picture of a theatre", 640, 60)
-    titles = f"rendered, {len(pictures)} frames", f"real, {len(real)} frames" + (f" of {real_video.name}" if real_video else "")
+    titles = f"rendered, {len(pictures)} frames", f"real, {len(real)} frames"
     return side_by_side(pictures, real, titles=titles, captions=captions)
 
 # %% ../../nbs/25a_sheets.ipynb #c022
