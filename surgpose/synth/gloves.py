@@ -54,7 +54,7 @@ def sample_hand_look(
     gown, marks, arm = rng.random() < gowned, rng.random() < marked and kind == "latex", rng.uniform(0.03, 0.06)
     arm_look = dict(colour=cloth, roughness=0.85) if gown else dict(colour=colour if kind == "bare" else skin, roughness=0.5)
     glove = dict(colour=colour, roughness=rough, wrinkles_m=round(float(rng.uniform(0.0004, 0.0017)), 6) * (kind != "bare"),
-                 blood=blood, seed=seed)
+                 blood=dict(share=round(blood, 3), seed=seed, from_m=round(float(rng.uniform(0.05, 0.13)), 3)) if blood else 0.0, seed=seed)
     rim = dict(colour=tuple(round(0.92 * c, 4) for c in colour), roughness=rough)
     shape = dict(seed=seed, cuff_m=round(float(arm + 0.03 * gown), 4), rim=kind != "bare", sleeve=bool(gown), marks=bool(marks))
     material = dict(glove=glove, rim=rim, arm=arm_look, mark=dict(colour=_tinted(rng, INKS[split]), roughness=0.6))

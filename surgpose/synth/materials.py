@@ -33,8 +33,8 @@ def make_material(
     if material.get("brushed"): _add_scratches(tree, material)
     if material.get("wrinkles_m"): _add_wrinkles(tree, material)
     if material.get("coat"): _add_coat(tree, material["coat"])
-    share, seed = stained(material)
-    if share > 0: _add_blood(tree, share, seed)
+    share, seed, from_m = stained(material)
+    if share > 0: _add_blood(tree, share, seed, from_m)
     return look
 
 # %% ../../nbs/22e_materials.ipynb #c007
@@ -109,11 +109,11 @@ QUANTILES = (0.31, 0.66)  # between which nearly all of Blender's noise lies
 
 def stained(
     material: dict,
-) -> tuple[float, int]:  # share of the surface, seed
+) -> tuple[float, int, float | None]:  # share of the surface, seed, where along x it begins
     "Tell how much blood is on a material."
     blood = material.get("blood") or 0.0
-    if isinstance(blood, dict): return float(blood["share"]), int(blood.get("seed", 0))
-    return float(blood), int(material.get("seed", 0))
+    if isinstance(blood, dict): return float(blood["share"]), int(blood.get("seed", 0)), blood.get("from_m")
+    return float(blood), int(material.get("seed", 0)), None
 
 # %% ../../nbs/22e_materials.ipynb #c017
 def _mix(tree: Any, mask: Any, name: str, value: Any) -> None:
@@ -130,15 +130,23 @@ def _mix(tree: Any, mask: Any, name: str, value: Any) -> None:
     tree.links.new(mask, node.inputs[0])
     tree.links.new(out, before)
 
-def _add_coat(tree: Any, coat: dict) -> None:
+def _along(tree: Any) -> Any:
     where, split = tree.nodes.new("ShaderNodeAttribute"), tree.nodes.new("ShaderNodeSeparateXYZ")
     where.attribute_name = "rest"
     tree.links.new(where.outputs["Vector"], split.inputs["Vector"])
-    mask = _ranged(tree, split.outputs["X"], coat["start_m"], coat["start_m"] + 0.0005, 0.0, 1.0)
+    return split.outputs["X"]
+
+def _add_coat(tree: Any, coat: dict) -> None:
+    mask = _ranged(tree, _along(tree), coat["start_m"], coat["start_m"] + 0.0005, 0.0, 1.0)
     _mix(tree, mask, "Base Color", coat["colour"]); _mix(tree, mask, "Metallic", 0.35); _mix(tree, mask, "Roughness", coat["roughness"])
 
-def _add_blood(tree: Any, share: float, seed: int) -> None:
+def _add_blood(tree: Any, share: float, seed: int, from_m: float | None = None) -> None:
     noise = _noise(tree, (90.0, 90.0, 90.0), seed, 3.0)
+    if from_m is not None:
+        less, far = tree.nodes.new("ShaderNodeMath"), _ranged(tree, _along(tree), from_m - 0.05, from_m + 0.02, 0.25, 0.0)
+        less.operation = "SUBTRACT"
+        for i, value in enumerate((noise, far)): tree.links.new(value, less.inputs[i])
+        noise = less.outputs["Value"]
     edge = QUANTILES[1] - (QUANTILES[1] - QUANTILES[0]) * share
     thin, thick = _ranged(tree, noise, edge, edge + 0.03, 0.0, 0.9), _ranged(tree, noise, edge + 0.02, edge + 0.10, 0.0, 0.9)
     for mask, colour in zip((thin, thick), STAINS, strict=True): _mix(tree, mask, "Base Color", colour)

@@ -10,9 +10,17 @@ import numpy as np
 from ..config import RenderConfig
 
 # %% auto #0
-__all__ = ['COATS', 'COATED', 'sample_materials']
+__all__ = ['COATS', 'COATED', 'sample_blood', 'sample_materials']
 
 # %% ../../nbs/21u_steel.ipynb #c005
+def sample_blood(
+    rng: np.random.Generator,
+    from_m: tuple[float, float],  # where along x, of a tool or a hand, the most of it begins
+) -> dict:  # a material's `blood`
+    "Draw stains: mostly few."
+    return dict(share=round(float(rng.beta(1.2, 3)), 3), seed=int(rng.integers(2**31)), from_m=round(float(rng.uniform(*from_m)), 4))
+
+# %% ../../nbs/21u_steel.ipynb #c009
 COATS = {"train": ((0.42, 0.03, 0.02), (0.30, 0.05, 0.03), (0.02, 0.20, 0.10), (0.03, 0.03, 0.035)),
          "val": ((0.03, 0.08, 0.40), (0.30, 0.03, 0.06)), "test": ((0.45, 0.09, 0.03), (0.02, 0.12, 0.18))}
 COATED = {"needle_holder": (0.35, 0.75), "tweezers": (0.80, 0.95)}  # where the coat begins, as a share of the way from hinge to tip
@@ -31,7 +39,7 @@ def sample_materials(
     gold = np.array([0.9, 0.62, 0.25]) * rng.uniform(0.7, 1.05)
     insert = rng.uniform(0.1, 0.45) * np.ones(3)
     more: dict = dict(metallic=1.0, brushed=round(float(rng.beta(0.7, 1.2)), 3), seed=int(rng.integers(2**31)))
-    if family and rng.random() < cfg.blood_share: more["blood"] = round(float(rng.beta(1.2, 4)), 3)
+    if family and rng.random() < cfg.blood_share: more["blood"] = sample_blood(rng, (-0.06, 0.03))
     coats, colour = COATS[split], rng.uniform(0.8, 1.2)
     coat = dict(colour=(np.array(coats[rng.integers(len(coats))]) * colour).round(4).tolist(), roughness=0.3,
                 start=round(float(rng.uniform(*COATED[class_name])), 3))
