@@ -13,19 +13,19 @@ from ..config import RenderConfig
 from ..geometry import rigid
 from ..schema import CLASSES
 from .grips import free_hand, grip, sample_hand_look
-from .parts import Background, Camera, Occluder, Prop, Scene, ToolPlacement
-from .placing import (choose_asset, length_m, pick, sample_intrinsics, sample_materials, sample_opening, set_in_motion,
+from .parts import Background, Occluder, Prop, Scene, ToolPlacement
+from .placing import (choose_asset, length_m, pick, sample_materials, sample_opening, set_in_motion,
                                     turned)
 from .props import thread
 from .stage import Stage, operating_stage, trainer_stage
 from .stance import Stance, lay_distractors, raised, spot_in_view, stance_of, stand, taken_by
-from .surroundings import leaves_view, sample_post
+from .surroundings import sample_post
 from .tools import opening_range
+from .viewpoint import free_camera
 
 # %% auto #0
-__all__ = ['LYING_SHARE', 'WAYS_DEG', 'TILTS_DEG', 'FOV_SHARES', 'ELBOWS_M', 'STAGES', 'DIMMED', 'Role', 'sample_roles',
-           'sample_stance', 'hold_tool', 'split_fov', 'aimed', 'theatre_camera', 'lay_tool', 'sample_hands', 'suture',
-           'free_camera', 'sample_theatre']
+__all__ = ['LYING_SHARE', 'WAYS_DEG', 'TILTS_DEG', 'ELBOWS_M', 'STAGES', 'BLOODY', 'DIMMED', 'Role', 'sample_roles',
+           'sample_stance', 'hold_tool', 'lay_tool', 'sample_hands', 'suture', 'sample_theatre']
 
 # %% ../../nbs/21g_theatre.ipynb #c005
 LYING_SHARE = 0.12  # of tools that a hand could hold
@@ -86,52 +86,6 @@ def hold_tool(
     return raised(stand(asset, material, stance), stage.ground, 0.0003)
 
 # %% ../../nbs/21g_theatre.ipynb #c016
-FOV_SHARES = {"train": (0.0, 0.6), "val": (0.65, 0.8), "test": (0.85, 1.0)}
-
-def split_fov(
-    cfg: RenderConfig,
-    split: str,
-) -> RenderConfig:  # the same but for fov_deg
-    "Narrow the field of view to what a split may use."
-    low, high = cfg.fov_deg
-    return cfg.model_copy(update=dict(fov_deg=tuple(low + (high - low) * share for share in FOV_SHARES[split])))
-
-# %% ../../nbs/21g_theatre.ipynb #c018
-def aimed(
-    eye_m: np.ndarray,  # (3,) world
-    target_m: np.ndarray,  # (3,) world
-    heading_rad: float,  # which way along the table is up in the picture; pi/2 is away from the surgeon
-) -> np.ndarray:  # (4, 4) T_world_cam
-    "Aim a camera that looks down."
-    z = (target_m - eye_m) / np.linalg.norm(target_m - eye_m)
-    x = np.cross(z, [np.cos(heading_rad), np.sin(heading_rad), 0.0])
-    x /= np.linalg.norm(x)
-    return rigid(np.stack([x, np.cross(z, x), z], 1), eye_m)
-
-# %% ../../nbs/21g_theatre.ipynb #c021
-def theatre_camera(
-    rng: np.random.Generator,
-    cfg: RenderConfig,
-    family: str,
-    split: str,
-    length_m: float,  # of the tool that sets the distance
-    aim_m: np.ndarray,  # (3,) the wound
-) -> Camera:
-    "Hang a camera over the wound."
-    K, width, height = sample_intrinsics(rng, split_fov(cfg, split))
-    short = min(width, height)
-    distance = K[0, 0] * length_m / (rng.uniform(*cfg.theatre_span) * short)
-    low, high = cfg.tilt_deg
-    span = (min(low, high / 3), high / 3) if family == "trainer" else ((low + high) / 2, high)
-    heading = np.pi / 2 + (rng.normal(0, 0.35) if rng.random() < 0.65 else rng.uniform(-np.pi, np.pi))
-    lean, tilt = heading + np.pi, np.radians(rng.uniform(*span))
-    if family == "trainer": lean, tilt = rng.uniform(0, 2 * np.pi), np.radians(span[0] + np.ptp(span) * rng.beta(1, 3))
-    way = np.array([np.sin(tilt) * np.cos(lean), np.sin(tilt) * np.sin(lean), np.cos(tilt)])
-    aim = aim_m + [*(np.clip(rng.normal(0, 0.10, 2), -0.25, 0.25) * short / K[0, 0] * distance), 0]
-    roll = rng.normal(0, 0.2) if family == "operating_room" else 0.0
-    return Camera(K, width, height, aimed(aim + distance * way, aim, heading + roll))
-
-# %% ../../nbs/21g_theatre.ipynb #c025
 def lay_tool(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -147,7 +101,7 @@ def lay_tool(
     placed = ToolPlacement(asset, asset["class"], rigid(R, [*spot_m, 0]), sample_opening(rng, cfg, asset), material, False)
     return raised(placed, stage.ground, drop=True)
 
-# %% ../../nbs/21g_theatre.ipynb #c028
+# %% ../../nbs/21g_theatre.ipynb #c019
 ELBOWS_M = {"right": (0.28, -0.30, 0.10), "left": (-0.28, -0.30, 0.10), "opposite": (0.0, 0.42, 0.12)}
 
 def sample_hands(
@@ -173,14 +127,15 @@ def sample_hands(
             hands.append(free_hand(rng, np.array([*xy, stage.ground.at(xy[None])[0] + 0.006]), **style))
     return tuple(hands)
 
-# %% ../../nbs/21g_theatre.ipynb #c031
+# %% ../../nbs/21g_theatre.ipynb #c022
 def suture(
     rng: np.random.Generator,
     stage: Stage,
     split: str,
-    tip_m: np.ndarray,  # (3,) where the needle is
+    tips_m: list[np.ndarray],  # (3,) each; the needle is at the first, if there is any
 ) -> Prop:
     "Draw the thread between wound and tip."
+    tip_m = tips_m[0] if tips_m else stage.wound_m.mean(0) + [*rng.normal(0, 0.05, 2), 0]
     start = stage.wound_m[rng.integers(len(stage.wound_m))]
     line = np.linspace(start, tip_m, 4)
     line[1:-1] += rng.normal(0, 0.02, (2, 3)) * (1, 1, 0.4) + [0, 0, 0.008]
@@ -189,25 +144,9 @@ def suture(
     points[:, 2] = np.maximum(points[:, 2], stage.ground.at(points[:, :2]) + 0.0004)
     return thread(rng, split, points_m=points)
 
-# %% ../../nbs/21g_theatre.ipynb #c033
-def free_camera(
-    rng: np.random.Generator,
-    cfg: RenderConfig,
-    stage: Stage,
-    split: str,
-    asset: dict,  # the first tool's
-    hands: tuple[Occluder, ...],
-    tries: int = 8,
-) -> Camera:
-    "Hang a camera where no hand is right before the lens, if it can be done."
-    long, aim = length_m(stand(asset, {}, Stance((0, 0, 0), 0, 0, 0, opening_range(asset)[0]))), stage.wound_m.mean(0)
-    for _ in range(tries):
-        camera = theatre_camera(rng, cfg, stage.family, split, long, aim)
-        if all(leaves_view(hand, camera, aim, 0.45) for hand in hands): break
-    return camera
-
-# %% ../../nbs/21g_theatre.ipynb #c034
+# %% ../../nbs/21g_theatre.ipynb #c024
 STAGES = {"trainer": trainer_stage, "operating_room": operating_stage}
+BLOODY = {"trainer": 0.35, "operating_room": 1.0}  # share of the scenes where `blood_share` counts
 DIMMED = {"trainer": 1.0, "operating_room": 0.7}  # factor on the wanted brightness
 
 def sample_theatre(
@@ -219,16 +158,19 @@ def sample_theatre(
 ) -> Scene:
     "Draw one scene of a theatre."
     family, roles = pick(rng, cfg.theatre_mix), sample_roles(rng, cfg)
+    if rng.random() >= BLOODY[family]: cfg = cfg.model_copy(update=dict(blood_share=0.0))
     stage, assets = STAGES[family](rng, cfg, split), [choose_asset(r.class_name, index, rng, cfg, split) for r in roles]
     pairs = list(zip(roles, assets, strict=True))
     tools = [hold_tool(rng, cfg, stage, role, asset, split) if role.held else None for role, asset in pairs]
     hands = sample_hands(rng, cfg, stage, split, tools, [r.side for r in roles])
-    camera = free_camera(rng, cfg, stage, split, assets[0], hands)
+    long = length_m(stand(assets[0], {}, Stance((0, 0, 0), 0, 0, 0, opening_range(assets[0])[0])))
+    tips_m = [np.array(stance_of(t).tip_m) for t in tools if t]
+    camera = free_camera(rng, cfg, family, split, long, stage.wound_m.mean(0), tips_m, hands)
     taken = [(0.0, 0.0, 0.09), *taken_by(t for t in tools if t)]
     for i in (i for i, tool in enumerate(tools) if tool is None):
         tools[i] = lay_tool(rng, cfg, stage, assets[i], split, spot_in_view(rng, camera, taken, stage.ground))
         taken += taken_by([tools[i]])
-    props = (*stage.props, suture(rng, stage, split, np.array(stance_of(tools[0]).tip_m)),
+    props = (*stage.props, suture(rng, stage, split, tips_m),
              *lay_distractors(rng, cfg, split, int(pick(rng, cfg.distractors)), camera, taken, stage.ground))
     moving, hands = set_in_motion(rng, cfg, camera, tuple(tools), hands)
     post = sample_post(rng, cfg)
