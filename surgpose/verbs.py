@@ -79,7 +79,7 @@ class Render(Verb):
         out = render(self.place(self.out, "synthetic"), self.render, seed=self.seed, device=self.device)
         if self.bop is not None:
             from surgpose.synth.bop import write_bop
-            write_bop(out, self.bop)
+            write_bop(out, self.bop, device=self.device)
         return out
 
 # %% ../nbs/91a_verbs.ipynb #c012

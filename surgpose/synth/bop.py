@@ -23,8 +23,8 @@ from scipy.spatial.distance import pdist
 
 from ..config import RenderConfig
 from ..data.coco import annotations_by_image, mask_of_rle, read_coco
-from ..files import (MANIFEST, atomic_write, hash_data, lock_folder, read_json, read_jsonl, safe_join, write_json,
-                            write_manifest)
+from ..files import (MANIFEST, atomic_write, hash_data, lock_folder, read_json, read_jsonl, safe_join, sha256_file,
+                            write_json, write_manifest)
 from ..geometry import invert_rigid
 from .blender import DEPTH_STEP_M
 from .cluster import draw_all
@@ -277,6 +277,8 @@ def write_bop(
 ) -> Path:  # `out`
     "Write a rendered dataset in the layout of the BOP challenge."
     rendered, out = read_rendered(Path(dataset)), Path(out)
+    facts = dict(labels=sha256_file(rendered.folder / "coco_annotations.json"), depth=depth)
+    if (out / MANIFEST).is_file() and {k: read_json(out / MANIFEST).get(k) for k in facts} == facts: return out
     objects = list_objects(list(rendered.scenes.values()))
     with staging(out) as work, tempfile.TemporaryDirectory(dir=work.parent) as temp:
         if depth: draw_depths(rendered, Path(temp), device)
@@ -287,5 +289,5 @@ def write_bop(
         step = dict(depth_scale=DEPTH_STEP_M * 1e3) if depth else {}
         write_json(work / "camera.json", {k: first[k] for k in ("cx", "cy", "fx", "fy", "height", "width")} | step)
         atomic_write(work / "dataset_info.md", INFO.format(count=len(rendered.images)))
-        write_manifest(work, dict(dataset=rendered.folder.name, depth=depth))
+        write_manifest(work, facts)
     return out
