@@ -20,7 +20,7 @@ from .obj import UNITS, Obj, Sidecar, parse_sidecar, read_obj
 from .tools import Tool, build_tool, opening_range
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'import_obj', 'build_obj', 'export_tool', 'import_surgeonet']
+__all__ = ['TEMPLATE', 'import_obj', 'build_obj', 'export_tool', 'write_sidecar', 'import_surgeonet']
 
 # %% ../../nbs/20c_mesh_import.ipynb #c005
 TEMPLATE = ('{"unit": "mm", "class": "needle_holder", "keypoints": {'
@@ -36,7 +36,8 @@ def import_obj(
     obj, kps_json = Path(obj), Path(kps_json)
     if not kps_json.is_file():
         raise FileNotFoundError(f"{kps_json}: {obj.name} needs a sidecar that tells where its keypoints are, "
-                                f"there is none; write one like {TEMPLATE}")
+                                "there is none; click them in the notebook 20d_place, or write one like "
+                                f"{TEMPLATE}")
     side = parse_sidecar(read_json(kps_json), str(kps_json))
     if category_id(class_name) != category_id(side.class_name):
         raise ValueError(f"{kps_json}: expected class {class_name}, got {side.class_name}; move it there")
@@ -207,7 +208,17 @@ def export_tool(
     atomic_write(obj, "\n".join(_obj_lines(tool)) + "\n")
     return obj, write_json(kps, side)
 
-# %% ../../nbs/20c_mesh_import.ipynb #c037
+# %% ../../nbs/20c_mesh_import.ipynb #c030
+def write_sidecar(
+    asset: dict,  # of an OBJ: from `import_obj` or `import_surgeonet`
+    folder: Path | str | None = None,  # beside the OBJ when absent
+) -> Path:  # `<stem>_kps.json`
+    "Write down where a mesh has its keypoints, so that `import_obj` finds them."
+    obj = Path(asset["path"])
+    side = {"class" if key == "class_name" else key: value for key, value in asset["kps"].items()}
+    return write_json((Path(folder) if folder else obj.parent) / f"{obj.stem}_kps.json", side)
+
+# %% ../../nbs/20c_mesh_import.ipynb #c039
 def import_surgeonet(
     obj: Path | str,  # the mesh, with objects left and right
     kps_csv: Path | str,  # the table of vertices
@@ -233,7 +244,7 @@ def import_surgeonet(
             "opening_range_deg": (_jaw_angle(points), _jaw_angle(points) + opening_deg)}
     return _asset(obj, parse_sidecar(side, f"{kps_csv} {name}"), f"{kps_csv} {name}")
 
-# %% ../../nbs/20c_mesh_import.ipynb #c038
+# %% ../../nbs/20c_mesh_import.ipynb #c040
 def _row(path: Path, name: str, vertices: int) -> list[int]:
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected a table of vertices, there is none")
     rows = {row[0]: row[1:] for row in csv.reader(path.read_text("utf-8").splitlines()) if row}
