@@ -165,7 +165,7 @@ def stroke(
     i = np.arange(6)
     return Skin("mark", edges + 3e-4 * slope, np.stack([i, i + 7, i + 8, i + 1], -1))
 
-# %% ../../nbs/21l_gloves.ipynb #c025
+# %% ../../nbs/21l_gloves.ipynb #c026
 def pen_marks(
     capsules: np.ndarray,  # (24, 8) hand frame
     shape: dict[str, Any],  # of the Occluder
@@ -185,7 +185,7 @@ def pen_marks(
     width_m = rng.uniform(0.0016, 0.0030)
     return [stroke(capsules, *s, width_m=width_m, left=left) for s in strokes]
 
-# %% ../../nbs/21l_gloves.ipynb #c029
+# %% ../../nbs/21l_gloves.ipynb #c030
 STEP_M = 0.0034  # size of the skin's triangles, for a hand of size 1
 
 def hand_parts(

@@ -63,7 +63,7 @@ def hold_rings(
                 BASES_M[1:3].mean(0), (a + b) / 2 + np.array([-0.006, -0.012, 0.045]) + far * np.array([-0.030, -0.030, -0.020]),
                 (0.4, 0.3, 0.4), (0.012, 0.015, 0.012))
 
-# %% ../../nbs/21j_grips.ipynb #c010
+# %% ../../nbs/21j_grips.ipynb #c011
 def hold_in_palm(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of a needle holder
@@ -78,12 +78,12 @@ def hold_in_palm(
     return Hold(ends, np.array([1, 0.4, 0.4, 0.2, 1]), turned(0.1, 0.15, -0.35), np.array([0.060, 0, -0.030]),
                 (a + b) / 2 + [0.004, 0, 0.004], (0.4, 0.3, 0.5), (0.020, 0.012, 0.010))
 
-# %% ../../nbs/21j_grips.ipynb #c012
+# %% ../../nbs/21j_grips.ipynb #c013
 def _arms(tool_m: np.ndarray) -> tuple[float, float]:
     near = tool_m[np.abs(tool_m[:, 0]) < 0.05 * np.ptp(tool_m[:, 0])]
     return float(np.abs(near[:, 1]).max()), float(np.abs(near[:, 2]).max())
 
-# %% ../../nbs/21j_grips.ipynb #c013
+# %% ../../nbs/21j_grips.ipynb #c014
 def _pinch(rng: np.random.Generator, tool_m: np.ndarray, radii_m: np.ndarray, stretch: float = 0.2) -> np.ndarray:
     (wide, high), fore = _arms(tool_m), rng.uniform(-0.006, 0.020)
     index = np.array([fore + 0.008, -wide - 0.85 * radii_m[0], 0.001])
@@ -91,14 +91,14 @@ def _pinch(rng: np.random.Generator, tool_m: np.ndarray, radii_m: np.ndarray, st
     middle = [fore + 0.012, -rng.uniform(0.3, 1.0) * (wide + radii_m[1]), -high - 0.8 * radii_m[1]]
     return np.array([index, middle, middle + np.array([-0.006, -0.006, -0.016]), middle + np.array([-0.018, -0.012, -0.030]), thumb])
 
-# %% ../../nbs/21j_grips.ipynb #c014
+# %% ../../nbs/21j_grips.ipynb #c015
 def _seen_from_hand(x: np.ndarray, z: np.ndarray) -> np.ndarray:  # R_tool_hand, from the tool's axes in the hand's frame
     x = x / np.linalg.norm(x)
     z = z - (z @ x) * x
     z = z / np.linalg.norm(z)
     return np.stack([x, np.cross(z, x), z])
 
-# %% ../../nbs/21j_grips.ipynb #c015
+# %% ../../nbs/21j_grips.ipynb #c016
 WEB_M = np.array([0.068, 0.049, 0.007])  # hand frame, where a pencil lies between thumb and index finger
 
 def hold_as_pencil(
@@ -113,7 +113,7 @@ def hold_as_pencil(
     return Hold(_pinch(rng, tool_m, radii_m, stretch), np.array([1, 1, 0.3, 0.1, 1]), R,
                 np.array([0.127 + 0.022 * stretch, 0.025, -0.042 + 0.008 * stretch]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.008, 0.008), rest)
 
-# %% ../../nbs/21j_grips.ipynb #c016
+# %% ../../nbs/21j_grips.ipynb #c018
 def hold_from_above(
     rng: np.random.Generator,
     tool_m: np.ndarray,  # (V, 3) vertices of tweezers
@@ -126,17 +126,17 @@ def hold_from_above(
     ends[1:4] = ends[0] + np.array([[0.006, -0.004, -0.014], [-0.006, -0.012, -0.019], [-0.022, -0.020, -0.019]])
     return Hold(ends, np.array([1, 1, 0.3, 0.1, 1]), R, np.array([0.120, 0.038, -0.052]), np.zeros(3), (0.35, 0.3, 0.4), (0.010, 0.010, 0.010))
 
-# %% ../../nbs/21j_grips.ipynb #c017
+# %% ../../nbs/21j_grips.ipynb #c019
 HOLDS = {"needle_holder": {"rings": hold_rings, "palm": hold_in_palm},
          "tweezers": {"pencil": hold_as_pencil, "above": hold_from_above}}
 GRIPS = {name: tuple(styles) for name, styles in HOLDS.items()}
 FIRST_STYLE = 0.72  # share of the first of them
 
-# %% ../../nbs/21j_grips.ipynb #c020
+# %% ../../nbs/21j_grips.ipynb #c022
 def _outside(value: np.ndarray, low: float, high: float, unit: float) -> np.ndarray:
     return (np.clip(low - value, 0, None) + np.clip(value - high, 0, None)) ** 2 / unit**2
 
-# %% ../../nbs/21j_grips.ipynb #c021
+# %% ../../nbs/21j_grips.ipynb #c023
 def _strain(finger: int, joints_m: np.ndarray, bend: np.ndarray) -> np.ndarray:
     first = joints_m[:, 1] - joints_m[:, 0]
     first = first / np.linalg.norm(first, axis=1, keepdims=True)
@@ -147,7 +147,7 @@ def _strain(finger: int, joints_m: np.ndarray, bend: np.ndarray) -> np.ndarray:
     down = np.degrees(np.arctan2(-first[:, 2], first[:, 0]))
     return _outside(down, -15, 75, 10) + _outside(side, -6 * finger, 18 - 7 * finger, 6) + _outside(bend, 10, (60, 65, 80, 90)[finger], 12)
 
-# %% ../../nbs/21j_grips.ipynb #c022
+# %% ../../nbs/21j_grips.ipynb #c024
 PALM_BONES = hand_capsules(relaxed(np.random.default_rng(0)))[:7]
 LOW_M = np.array([[0.0, 0, 0], BASES_M[3], BASES_M[3] + [0.035, -0.005, -0.020]])  # what sinks into the table first
 
@@ -171,7 +171,7 @@ def _judge(
     over = np.degrees(np.arcsin(np.clip(top @ up, -1, 1)))
     return cost + _outside(clear, 0, 1, 0.004) + _outside(astray, 0, 30, 12) + _outside(over, -15, 90, 15), np.stack(joints, 1)
 
-# %% ../../nbs/21j_grips.ipynb #c024
+# %% ../../nbs/21j_grips.ipynb #c026
 def settle(
     rng: np.random.Generator,
     hold: Hold,
@@ -194,7 +194,7 @@ def settle(
         R, t, best = Rs[i], ts[i], (joints[i], float(cost[i]))
     return rigid(R, t), *best
 
-# %% ../../nbs/21j_grips.ipynb #c028
+# %% ../../nbs/21j_grips.ipynb #c030
 def _towards(elbow_hand: np.ndarray, most_deg: float = 35.0) -> np.ndarray:
     straight, e = np.array([-1.0, 0, 0]), elbow_hand / np.linalg.norm(elbow_hand)
     if e @ straight >= np.cos(np.radians(most_deg)): return e
@@ -202,7 +202,7 @@ def _towards(elbow_hand: np.ndarray, most_deg: float = 35.0) -> np.ndarray:
     off = off / (np.linalg.norm(off) + 1e-12)
     return np.cos(np.radians(most_deg)) * straight + np.sin(np.radians(most_deg)) * off
 
-# %% ../../nbs/21j_grips.ipynb #c029
+# %% ../../nbs/21j_grips.ipynb #c031
 def grip(
     rng: np.random.Generator,
     placed: ToolPlacement,
@@ -234,7 +234,7 @@ def grip(
     look = {**look, "shape": {**look["shape"], "left": left, "grip": style}}
     return Occluder("hand", capsules, 0.006, holds=holds, travel_m=placed.travel_m, **look)
 
-# %% ../../nbs/21j_grips.ipynb #c035
+# %% ../../nbs/21j_grips.ipynb #c037
 def free_hand(
     rng: np.random.Generator,
     spot_m: np.ndarray,  # (3,) world, where a finger's end is

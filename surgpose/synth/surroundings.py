@@ -12,7 +12,6 @@ import numpy as np
 from ..config import RenderConfig
 from ..geometry import look_at, transform
 from .grips import free_hand, sample_hand_look
-from .grips import grip as grip
 from .hands import capsule_distance
 from .looks import TEXTURES
 from .parts import Background, Camera, Light, Occluder, Post, ToolPlacement, World
