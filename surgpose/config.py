@@ -130,12 +130,12 @@ PROFILES: dict[str, dict] = {
         refine=dict(epochs=4, lr0=5e-4, min_frames=2),
     ),
     "cpu": dict(
-        render=dict(images=1000, width=640, height=480, workers=2, samples=4, val_share=0.15),
+        render=dict(images=1000, width=640, height=480, samples=4, val_share=0.15),
         train=dict(imgsz=416, epochs=40, batch=16, warmup_epochs=3.0),
     ),
     "paper": dict(
-        render=dict(images=1150, width=1280, height=1024, res_scale=0.8, samples=24, per_obj_cap=50, workers=2,
-                    val_share=0.15, strategy_mix={"studio": 0.10, "hdri": 0.389, "composite": 0.511}),
+        render=dict(images=1150, width=1280, height=1024, res_scale=0.8, samples=24, per_obj_cap=50, val_share=0.15,
+                    strategy_mix={"studio": 0.10, "hdri": 0.389, "composite": 0.511}),
         train=dict(model="yolov8m-pose", imgsz=960, epochs=200, batch=16, warmup_epochs=3.0),
         also_train=[dict(model="yolov8n-pose", imgsz=896, epochs=150, batch=16, warmup_epochs=3.0),
                     dict(model="yolov8s-pose", imgsz=896, epochs=200, batch=16, warmup_epochs=3.0)],

@@ -87,7 +87,7 @@ class RenderConfig(Section):
     hdri_dir: Path | None = Field(None, description="folder of .hdr/.exr worlds; Blender's own eight when absent")
     backgrounds_dir: Path | None = Field(None, description="folder of photos for `composite`; procedural textures when absent")
     camera_json: Path | None = Field(None, description="file with width, height, fx, fy, cx, cy; rules over width, height and fov_deg")
-    workers: int = Field(1, ge=1, description="Blender processes at a time")
+    workers: int = Field(0, ge=0, description="Blender processes at a time; 0 for one on each core, as far as memory and the number of scenes go")
     scheduler: str | None = Field(None, description="address of a Dask scheduler, like tcp://host:8786, whose workers see the same folder; this machine when absent")
     scenes_per_worker: int = Field(200, ge=1, description="scenes after which a Blender process is replaced; it leaks memory")
     worker_memory_gb: float = Field(6.0, gt=0, description="resident memory in GB at which a Blender process is replaced before its time")

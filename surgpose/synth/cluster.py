@@ -21,10 +21,22 @@ from .startup import work_folder
 from .workers import ATTEMPTS, RECORDS, dismiss, draw_shard
 
 # %% auto #0
-__all__ = ['SHARD', 'CODE', 'QUIET', 'CONNECT_S', 'PATIENCE_S', 'cut', 'check_place', 'draw_part', 'local_client',
+__all__ = ['SHARD', 'CODE', 'QUIET', 'CONNECT_S', 'PATIENCE_S', 'places_here', 'cut', 'check_place', 'draw_part', 'local_client',
            'remote_client', 'follow', 'new_job', 'draw_all']
 
 # %% ../../nbs/23b_cluster.ipynb #c005
+def places_here(
+    cfg: RenderConfig,
+    scenes: int,  # how many are to be drawn
+) -> int:  # Blenders at a time
+    "Decide how many Blenders work on this machine, where the config leaves it open."
+    import psutil
+    from dask.system import CPU_COUNT
+
+    fit = int(psutil.virtual_memory().available / 1.5e9)
+    return max(1, min(cfg.workers or min(CPU_COUNT, fit, scenes // 4), scenes))
+
+# %% ../../nbs/23b_cluster.ipynb #c009
 SHARD = 8  # most scenes in a shard
 
 def cut(
@@ -35,7 +47,7 @@ def cut(
     size = max(1, min(SHARD, len(scenes) // (4 * places)))
     return [scenes[k : k + size] for k in range(0, len(scenes), size)]
 
-# %% ../../nbs/23b_cluster.ipynb #c009
+# %% ../../nbs/23b_cluster.ipynb #c013
 CODE = code_hash()  # of what this process runs, whatever is on the disk by now
 
 def check_place(
@@ -50,7 +62,7 @@ def check_place(
         raise RuntimeError(f"render.scheduler: worker {host} runs another version of surgpose; install the same one there, and "
                            "start the worker anew")
 
-# %% ../../nbs/23b_cluster.ipynb #c012
+# %% ../../nbs/23b_cluster.ipynb #c016
 def draw_part(
     job: dict,
     scenes: list,  # indices, or whole scenes as plain data
@@ -61,10 +73,14 @@ def draw_part(
 
     worker = get_worker()
     check_place(job)
-    job = {**job, "threads": max(1, CPU_COUNT // worker.state.nthreads)}
+    job = {**job, "threads": -(-CPU_COUNT // worker.state.nthreads)}  # rounded up: no core is left idle
     return draw_shard(job, scenes, say=lambda news: worker.log_event(job["token"], news))
 
-# %% ../../nbs/23b_cluster.ipynb #c014
+# %% ../../nbs/23b_cluster.ipynb #c018
+def _no_false_alarm(record: logging.LogRecord) -> bool:
+    return "exception=TimeoutError('Timeout')" not in record.getMessage()  # Dask's sender, closed while it waited
+
+# %% ../../nbs/23b_cluster.ipynb #c019
 QUIET = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}  # no web pages
 
 @contextmanager
@@ -76,6 +92,7 @@ def local_client(
     from distributed import Client, LocalCluster
 
     nowhere = "127.0.0.1:0"
+    logging.getLogger("asyncio").addFilter(_no_false_alarm)
     with work_folder() as scratch, dask.config.set(QUIET | {"temporary-directory": scratch}), LocalCluster(
         n_workers=1, threads_per_worker=places, processes=False, memory_limit=0, silence_logs=logging.CRITICAL,
         dashboard_address=nowhere, worker_dashboard_address=nowhere, scheduler_kwargs=dict(dashboard=False),
@@ -83,7 +100,7 @@ def local_client(
         for server in (cluster.scheduler, *cluster.workers.values()): server.http_server.stop()
         yield client
 
-# %% ../../nbs/23b_cluster.ipynb #c016
+# %% ../../nbs/23b_cluster.ipynb #c021
 CONNECT_S = 10  # for the scheduler to answer
 PATIENCE_S = 60  # for a cluster's first worker to come, and for a new one when all are lost
 
@@ -104,7 +121,7 @@ def remote_client(
             raise RuntimeError(f"render.scheduler: {address} has no workers; {start.split(', and ')[1]}") from None
         yield client
 
-# %% ../../nbs/23b_cluster.ipynb #c019
+# %% ../../nbs/23b_cluster.ipynb #c024
 def _result(future: Any) -> list[dict]:
     from distributed import CancelledError, KilledWorker
     try: return future.result()
@@ -112,7 +129,7 @@ def _result(future: Any) -> list[dict]:
         raise RuntimeError(f"render: the Dask workers that drew shard {future.key} died one after another; {e}") from None
     except CancelledError: raise RuntimeError("render: the Dask scheduler is gone; the same command goes on from here") from None
 
-# %% ../../nbs/23b_cluster.ipynb #c020
+# %% ../../nbs/23b_cluster.ipynb #c025
 def follow(
     client: Any,
     job: dict,
@@ -138,7 +155,7 @@ def follow(
             client.cancel(futures); client.run(dismiss, job["token"], on_error="ignore")
             client.unsubscribe_topic(job["token"])
 
-# %% ../../nbs/23b_cluster.ipynb #c022
+# %% ../../nbs/23b_cluster.ipynb #c027
 def new_job(
     out: Path,
     cfg: RenderConfig,
@@ -151,11 +168,11 @@ def new_job(
     write_json(out / RECORDS / "job.json", job)
     return job
 
-# %% ../../nbs/23b_cluster.ipynb #c023
+# %% ../../nbs/23b_cluster.ipynb #c028
 def _plural(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
-# %% ../../nbs/23b_cluster.ipynb #c024
+# %% ../../nbs/23b_cluster.ipynb #c029
 def draw_all(
     out: Path | str,  # folder for images/ and the records
     cfg: RenderConfig,
@@ -169,7 +186,7 @@ def draw_all(
     "Draw scenes; each leaves its images and, behind them, its record."
     told, drawn, failed = set(), set(), {}
     job, budget = new_job(Path(out), cfg, seed, device), max(2, cfg.images // 20)
-    with remote_client(cfg.scheduler) if cfg.scheduler else local_client(cfg.workers) as client:
+    with remote_client(cfg.scheduler) if cfg.scheduler else local_client(places_here(cfg, len(scenes))) as client:
         places = sum(client.nthreads().values())
         with closing(follow(client, job, cut(scenes, places))) as answers:
             for answer in answers:
