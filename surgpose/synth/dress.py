@@ -23,10 +23,10 @@ from .tools import Tool
 __all__ = ['T_CV_BLENDER', 'fill_mesh', 'add_mesh', 'set_travel', 'blur_motion', 'add_tool', 'add_occluder', 'add_prop',
            'add_table', 'add_light', 'mean_light', 'set_world']
 
-# %% ../../nbs/22c_dress.ipynb #c004
+# %% ../../nbs/22c_dress.ipynb #c005
 T_CV_BLENDER = np.diag([1.0, -1, -1, 1])  # Blender's cameras and lamps look along -z, y up
 
-# %% ../../nbs/22c_dress.ipynb #c005
+# %% ../../nbs/22c_dress.ipynb #c006
 def fill_mesh(
     mesh: Any,  # an empty one of Blender's
     vertices_m: np.ndarray,  # (V, 3)
@@ -40,7 +40,7 @@ def fill_mesh(
     mesh.polygons.foreach_set("loop_start", np.arange(0, faces.size, corners, dtype=np.int32))
     mesh.update(calc_edges=True)
 
-# %% ../../nbs/22c_dress.ipynb #c007
+# %% ../../nbs/22c_dress.ipynb #c008
 def add_mesh(
     bproc: Any,
     name: str,
@@ -70,7 +70,7 @@ def add_mesh(
     thing.replace_materials(make_material(bproc, name, material))
     return thing
 
-# %% ../../nbs/22c_dress.ipynb #c009
+# %% ../../nbs/22c_dress.ipynb #c010
 def set_travel(
     thing: Any,  # BlenderProc's object
     travel_m: tuple[float, ...],  # (3,) world, while the shutter is open
@@ -78,7 +78,7 @@ def set_travel(
     "Note how far a thing moves; `blur_motion` makes it move."
     thing.blender_obj["travel_m"] = [float(t) for t in travel_m]
 
-# %% ../../nbs/22c_dress.ipynb #c010
+# %% ../../nbs/22c_dress.ipynb #c011
 def blur_motion(
     bproc: Any,
     blurred: bool = True,  # False for a picture in which all stands still
@@ -98,7 +98,7 @@ def blur_motion(
         thing.location = (0.0, 0.0, 0.0)
     return bool(moving)
 
-# %% ../../nbs/22c_dress.ipynb #c012
+# %% ../../nbs/22c_dress.ipynb #c013
 def add_tool(
     bproc: Any,
     tool: Tool,  # the geometry of `placed`
@@ -112,7 +112,7 @@ def add_tool(
         vertices = transform(placed.T_world_tool, mesh.vertices)
         add_mesh(bproc, f"tool{number} {part}", vertices, mesh.faces, look, tool=number, rest_m=mesh.vertices, travel_m=placed.travel_m)
 
-# %% ../../nbs/22c_dress.ipynb #c013
+# %% ../../nbs/22c_dress.ipynb #c014
 def add_occluder(
     bproc: Any,
     occluder: Occluder,
@@ -123,7 +123,7 @@ def add_occluder(
         add_mesh(bproc, occluder.kind, part.vertices_m, part.faces, occluder.material.get(part.role, look), rest_m=part.rest_m,
                  travel_m=occluder.travel_m)
 
-# %% ../../nbs/22c_dress.ipynb #c014
+# %% ../../nbs/22c_dress.ipynb #c015
 def add_prop(
     bproc: Any,
     prop: Prop,
@@ -135,7 +135,7 @@ def add_prop(
         if look.get("texture"): look = look | dict(size_m=part.paint.get("size_m", look.get("size_m", 0.2)), paint=look.get("paint", {}) | part.paint)
         add_mesh(bproc, prop.kind, vertices, part.faces, look, uv=part.uv, rest_m=part.vertices_m)
 
-# %% ../../nbs/22c_dress.ipynb #c015
+# %% ../../nbs/22c_dress.ipynb #c016
 def add_table(
     bproc: Any,
     background: Background,
@@ -146,7 +146,7 @@ def add_table(
     cloth = dict(colour=(1, 1, 1), roughness=background.roughness, texture=background.texture, seed=background.seed)
     add_mesh(bproc, "table", square, np.array([[0, 1, 2, 3]]), cloth, uv=square[:, :2] / background.size_m + 0.5)
 
-# %% ../../nbs/22c_dress.ipynb #c017
+# %% ../../nbs/22c_dress.ipynb #c018
 def add_light(
     bproc: Any,
     light: Light,
@@ -159,7 +159,7 @@ def add_light(
     lamp.set_energy(light.energy_w)
     lamp.set_color(list(light.colour))
 
-# %% ../../nbs/22c_dress.ipynb #c019
+# %% ../../nbs/22c_dress.ipynb #c020
 @cache
 def mean_light(
     path: str,  # an equirectangular world
@@ -174,7 +174,7 @@ def mean_light(
     light = pixels.reshape(-1, 4)[:, :3].mean(1) if len(pixels) % 4 == 0 else pixels
     return max(float(np.minimum(light, 20 * np.median(light)).mean()), 1e-4)
 
-# %% ../../nbs/22c_dress.ipynb #c020
+# %% ../../nbs/22c_dress.ipynb #c021
 def set_world(
     bproc: Any,
     world: World,

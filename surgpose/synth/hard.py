@@ -27,15 +27,14 @@ def plate(
     long, wide, thick = rng.uniform(0.22, 0.34), rng.uniform(0.10, 0.16), rng.uniform(0.003, 0.006)
     places = rng.uniform(0.22, 0.38) * long
     shape = dict(size_m=[float(long), float(wide), float(thick)], hooks_m=float(places), tab_m=float(rng.uniform(0.018, 0.028)),
-                 notch_m=float(rng.uniform(0.006, 0.011)), holes=int(rng.integers(0, 3)), bar=bool(rng.random() < 0.6), seed=int(rng.integers(2**31)))
-    tint = tuple((np.array([0.86, 0.93, 0.90]) * rng.uniform(0.8, 1.05)).round(4).tolist())
-    body = dict(colour=tint, roughness=float(rng.uniform(0.12, 0.3)), alpha=float(rng.uniform(0.03, 0.12)))
-    return Prop("plate", shape, np.eye(4), {"body": body, "edge": body | dict(colour=_edge_colour(rng), alpha=float(rng.uniform(0.2, 0.45)))})
+                 notch_m=float(rng.uniform(0.006, 0.011)), holes=int(rng.integers(0, 3)), bar=bool(rng.random() < 0.6), glares=int(rng.choice(3, p=[0.5, 0.3, 0.2])), seed=int(rng.integers(2**31)))
+    body, bright = rng.uniform(0.95, 1.12), rng.uniform(1.25, 2.2) if rng.random() < 0.7 else rng.uniform(0.35, 0.75)
+    return Prop("plate", shape, np.eye(4), {"body": _clear(rng, body), "edge": _clear(rng, bright), "glare": _clear(rng, rng.uniform(1.15, 1.7))})
 
 # %% ../../nbs/21r_hard.ipynb #c006
-def _edge_colour(rng: np.random.Generator) -> tuple[float, float, float]:
-    light = rng.uniform(0.02, 0.12) if rng.random() < 0.35 else rng.uniform(0.7, 1.0)  # it shows what is beside it, dark or bright
-    return tuple((np.array([0.88, 0.97, 0.93]) * light).round(4).tolist())
+def _clear(rng: np.random.Generator, factor: float) -> dict:
+    tint = factor * np.array([0.97, 1.02, 1.0]) * (1 + rng.normal(0, 0.01, 3))
+    return dict(colour=(0.9, 0.95, 0.92), roughness=0.2, alpha=0.1, clear=tuple(tint.round(4).tolist()))
 
 def _plate_outline(shape: dict) -> np.ndarray:
     outline = rounded_outline(tuple(shape["size_m"][:2]), 0.004, 0.003)
@@ -55,6 +54,10 @@ def plate_parts(shape: dict) -> list[Part]:
     holes = tuple(circle(0.0055, spot) for spot in spots)
     parts = [fill("body", outline, thick, holes), wall("edge", outline, 0.0, thick), _rim(outline, thick, -0.0009)]
     for hole in holes: parts += [wall("edge", hole[::-1], 0.0, thick), _rim(hole, thick, 0.0012)]
+    rng = np.random.default_rng(shape["seed"])
+    for _ in range(shape["glares"]):
+        spot = rounded_outline(tuple(rng.uniform(0.01, 0.05, 2)), 0.004, 0.004) * (1 + 0.15 * rng.normal(0, 1, 2))
+        parts.append(fill("glare", spot @ np.array([[1, rng.normal(0, 0.3)], [0, 1]]) + rng.uniform(-0.3, 0.3, 2) * (long, wide), thick + 3e-4))
     if not shape["bar"]: return parts
     bar = rounded_outline((1.03 * long, 0.008), 0.001, 0.02) + [0.0, 0.2 * wide]
     return [*parts, fill("body", bar, 2 * thick), wall("edge", bar, thick, 2 * thick), _rim(bar, 2 * thick, -0.0007)]
@@ -145,7 +148,7 @@ def thread(
         points_m = line - [*line[:, :2].mean(0), line[:, 2].min() - 0.0003]
     colours = {"train": (((0.6, 0.66), (0.5, 0.9), (0.1, 0.6)), ((0.0, 1.0), (0.0, 0.2), (0.02, 0.12))),
                "val": (((0.70, 0.78), (0.5, 0.9), (0.2, 0.5)),), "test": (((0.45, 0.55), (0.5, 0.9), (0.15, 0.5)),)}
-    shape = dict(points_m=np.round(points_m, 5).tolist(), radius_m=float(rng.uniform(0.00012, 0.0003)))
+    shape = dict(points_m=np.round(points_m, 5).tolist(), radius_m=float(rng.uniform(0.0001, 0.00022)))
     return Prop("thread", shape, np.eye(4), {"body": dict(colour=draw_colour(rng, *of_split(colours, split)), roughness=0.4)})
 
 # %% ../../nbs/21r_hard.ipynb #c015
@@ -164,7 +167,7 @@ def tray(
     "Draw a steel tray or a wire basket."
     wire = bool(rng.random() < 0.5) if wire is None else wire
     size = [float(rng.uniform(*r)) for r in ((0.2, 0.34), (0.12, 0.24), (0.02, 0.06))]
-    steel = dict(colour=(0.6, 0.61, 0.62), roughness=float(rng.uniform(0.15, 0.4)), metallic=1.0)
+    steel = dict(colour=tuple((rng.uniform(0.3, 0.5) * np.array([1, 1.01, 1.02])).round(4).tolist()), roughness=float(rng.uniform(0.2, 0.45)), metallic=1.0)
     return Prop("tray", dict(size_m=size, wire=wire, pitch_m=float(rng.uniform(0.008, 0.016))), np.eye(4), {"body": steel})
 
 # %% ../../nbs/21r_hard.ipynb #c018

@@ -142,7 +142,8 @@ def instrument(
 # %% ../../nbs/21i_instruments.ipynb #c019
 def _steel(rng: np.random.Generator, roughness: tuple[float, float]) -> dict:
     grey = rng.uniform(0.45, 0.75) * (1 + rng.normal(0, 0.02, 3))
-    return dict(colour=tuple(grey.round(4).tolist()), roughness=round(float(rng.uniform(*roughness)), 3), metallic=1.0)
+    return dict(colour=tuple(grey.round(4).tolist()), roughness=round(float(rng.uniform(*roughness)), 3), metallic=1.0,
+                brushed=round(float(rng.uniform(0, 1)), 3), seed=int(rng.integers(2**31)))
 
 # %% ../../nbs/21i_instruments.ipynb #c020
 def sample_distractor(

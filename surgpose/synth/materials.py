@@ -29,6 +29,7 @@ def make_material(
     look.set_principled_shader_value("Alpha", material.get("alpha", 1.0))
     look.set_principled_shader_value("Specular IOR Level", material.get("specular", 0.15 if material.get("texture") else 0.5))
     tree = look.blender_obj.node_tree
+    if material.get("clear"): _see_through(tree, material["clear"])
     if material.get("texture"): _add_texture(tree, material)
     if material.get("brushed"): _add_scratches(tree, material)
     if material.get("wrinkles_m"): _add_wrinkles(tree, material)
@@ -38,6 +39,13 @@ def make_material(
     return look
 
 # %% ../../nbs/22e_materials.ipynb #c007
+def _see_through(tree: Any, factor: tuple[float, float, float]) -> None:
+    through = tree.nodes.new("ShaderNodeBsdfTransparent")
+    through.inputs["Color"].default_value = [*factor, 1.0]
+    out = next(n for n in tree.nodes if n.type == "OUTPUT_MATERIAL")
+    tree.links.new(through.outputs["BSDF"], out.inputs["Surface"])
+
+# %% ../../nbs/22e_materials.ipynb #c009
 TEXTURE_PX = 512
 
 def tinted(
@@ -52,7 +60,7 @@ def tinted(
         rgba[..., i] = np.take((np.arange(256) / 255 * value ** (1 / 2.2)).astype(np.float32), rgb[::-1, :, i])
     return rgba
 
-# %% ../../nbs/22e_materials.ipynb #c010
+# %% ../../nbs/22e_materials.ipynb #c012
 def _add_texture(tree: Any, material: dict) -> None:
     import bpy
 
@@ -68,7 +76,7 @@ def _add_texture(tree: Any, material: dict) -> None:
         tree.links.new(node.outputs["Color"], dents.inputs["Height"])
         tree.links.new(dents.outputs["Normal"], surface.inputs["Normal"])
 
-# %% ../../nbs/22e_materials.ipynb #c012
+# %% ../../nbs/22e_materials.ipynb #c014
 def _noise(tree: Any, scale: tuple[float, float, float], seed: int, detail: float) -> Any:
     where, place, noise = (tree.nodes.new(f"ShaderNode{n}") for n in ("Attribute", "Mapping", "TexNoise"))
     where.attribute_name = "rest"
@@ -85,14 +93,14 @@ def _ranged(tree: Any, value: Any, low: float, high: float, to_low: float, to_hi
     tree.links.new(value, node.inputs["Value"])
     return node.outputs["Result"]
 
-# %% ../../nbs/22e_materials.ipynb #c013
+# %% ../../nbs/22e_materials.ipynb #c015
 def _add_scratches(tree: Any, material: dict) -> None:
     surface, rough = tree.nodes["Principled BSDF"], material["roughness"]
     scratches = _noise(tree, (40.0, 4000.0, 4000.0), material.get("seed", 0), 1.0)
     depth = 0.5 * material["brushed"]
     tree.links.new(_ranged(tree, scratches, 0.3, 0.7, rough * (1 - depth), min(1.0, rough * (1 + depth) + 0.1 * depth)), surface.inputs["Roughness"])
 
-# %% ../../nbs/22e_materials.ipynb #c014
+# %% ../../nbs/22e_materials.ipynb #c016
 def _add_wrinkles(tree: Any, material: dict) -> None:
     seed, dents, both = material.get("seed", 0), tree.nodes.new("ShaderNodeBump"), tree.nodes.new("ShaderNodeMath")
     folds = _ranged(tree, _noise(tree, (130.0, 45.0, 70.0), seed, 1.5), 0.36, 0.52, 0.0, 1.0)
@@ -103,7 +111,7 @@ def _add_wrinkles(tree: Any, material: dict) -> None:
     tree.links.new(both.outputs["Value"], dents.inputs["Height"])
     tree.links.new(dents.outputs["Normal"], tree.nodes["Principled BSDF"].inputs["Normal"])
 
-# %% ../../nbs/22e_materials.ipynb #c015
+# %% ../../nbs/22e_materials.ipynb #c017
 STAINS = (0.30, 0.003, 0.002), (0.07, 0.001, 0.001)  # linear RGB of thin and thick blood
 QUANTILES = (0.31, 0.66)  # between which nearly all of Blender's noise lies
 
@@ -115,7 +123,7 @@ def stained(
     if isinstance(blood, dict): return float(blood["share"]), int(blood.get("seed", 0)), blood.get("from_m")
     return float(blood), int(material.get("seed", 0)), None
 
-# %% ../../nbs/22e_materials.ipynb #c017
+# %% ../../nbs/22e_materials.ipynb #c019
 def _mix(tree: Any, mask: Any, name: str, value: Any) -> None:
     "Mix a value into one of the surface's inputs where the mask is."
     surface, colour = tree.nodes["Principled BSDF"], name == "Base Color"

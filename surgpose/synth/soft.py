@@ -31,7 +31,7 @@ def draw_colour(
 
 # %% ../../nbs/21q_soft.ipynb #c007
 DRAPES: dict[str, dict[str, Hsv]] = {  # split -> look -> hue, saturation, value
-    "train": {"green": ((0.41, 0.47), (0.35, 0.70), (0.45, 0.72)), "mint": ((0.36, 0.44), (0.15, 0.35), (0.70, 0.90)),
+    "train": {"green": ((0.425, 0.475), (0.28, 0.60), (0.48, 0.74)), "mint": ((0.36, 0.44), (0.15, 0.35), (0.70, 0.90)),
               "blue": ((0.55, 0.60), (0.35, 0.75), (0.45, 0.80)), "gown": ((0.58, 0.64), (0.45, 0.80), (0.12, 0.40))},
     "val": {"green": ((0.48, 0.50), (0.40, 0.65), (0.35, 0.70)), "mint": ((0.45, 0.48), (0.10, 0.30), (0.65, 0.85)),
             "blue": ((0.61, 0.63), (0.35, 0.70), (0.45, 0.80)), "gown": ((0.655, 0.68), (0.45, 0.75), (0.15, 0.35))},
@@ -52,9 +52,11 @@ def of_split(
 # %% ../../nbs/21q_soft.ipynb #c010
 CLOTH_M = 0.5  # what one side of the cloth's texture stands for
 
-def _woven(rng: np.random.Generator, colour: tuple[float, float, float], roughness: float, side_px: int = 512) -> dict:
-    return dict(colour=colour, roughness=round(roughness, 3), specular=0.15 if roughness < 0.65 else 0.0, texture="cloth", side_px=side_px, seed=int(rng.integers(2**31)), size_m=CLOTH_M,
-                paint=dict(folds=int(rng.integers(0, 4)), spots=int(rng.integers(0, 4))))
+def _woven(rng: np.random.Generator, colour: tuple[float, float, float], roughness: float, size_m: float = CLOTH_M) -> dict:
+    side_px = 512 if size_m == CLOTH_M else 256
+    return dict(colour=colour, roughness=round(roughness, 3), specular=0.15 if roughness < 0.65 else 0.0, texture="cloth", side_px=side_px,
+                seed=int(rng.integers(2**31)), size_m=size_m, paint=dict(folds=int(rng.integers(0, 4)), spots=int(rng.choice(4, p=[0.6, 0.2, 0.1, 0.1])),
+                                                                         crinkles=round(float(rng.choice([0, 0.6 * rng.beta(1.2, 2)], p=[0.2, 0.8])), 3)))
 
 def drape(
     rng: np.random.Generator,
@@ -67,7 +69,7 @@ def drape(
     looks = of_split(DRAPES, split)
     colour = draw_colour(rng, looks[look or str(rng.choice(["green", "mint", "blue"], p=[0.5, 0.3, 0.2]))])
     rough = rng.random() < (0.8 if look == "gown" else 0.5)  # else it is drawn smooth
-    shape = dict(size_m=size_m, cells=120, waves_m=rng.uniform(0.003, 0.014) * (0.6 + rough), crinkles_m=rng.uniform(0.0005, 0.005) * (0.3 + rough),
+    shape = dict(size_m=size_m, cells=120, waves_m=rng.uniform(0.004, 0.02) * (0.6 + rough), crinkles_m=rng.uniform(0.001, 0.008) * (0.3 + rough),
                  pulls_m=rng.choice([0, rng.uniform(0.0005, 0.003)]), lines_m=rng.choice([0, rng.uniform(0.0008, 0.002)]),
                  stretch=rng.uniform(1, 5), angle_deg=rng.uniform(0, 180), seed=int(rng.integers(2**31)))
     return Prop("drape", {k: float(v) if isinstance(v, np.floating) else v for k, v in shape.items()}, np.eye(4),
@@ -80,7 +82,7 @@ def cloth_relief(
 ) -> np.ndarray:  # (side_px, side_px) metres
     "Raise the folds of a drape."
     rng, n = np.random.default_rng(shape["seed"]), side_px
-    def waves(h: int, w: int) -> np.ndarray: return fractal_noise(rng, h, w, 7, 3, shape["stretch"], 0.45)
+    def waves(h: int, w: int) -> np.ndarray: return fractal_noise(rng, h, w, 9, 3, shape["stretch"], 0.5)
     def ridges(h: int, w: int) -> np.ndarray: return 1 - np.abs(2 * fractal_noise(rng, h, w, 22, 3, rng.uniform(1, 3), 0.5) - 1)
     relief = shape["waves_m"] * rotated(waves, n, n, shape["angle_deg"])
     where = np.clip(2.2 * fractal_noise(rng, n, n, 6, 2) - 0.6, 0, 1)
@@ -100,7 +102,8 @@ def drape_parts(shape: dict) -> list[Part]:
     x, y = np.meshgrid(*[shape["size_m"] / 2 * s * (0.35 + 0.65 * s**2)] * 2)
     places = [((a / shape["size_m"] + 0.5) * (len(relief) - 1)).astype(np.float32) for a in (x, y)]
     z = cv2.remap(relief.astype(np.float32), *places, cv2.INTER_CUBIC)
-    near = np.hypot(x, y) < 0.3 * shape["size_m"]
+    away = np.hypot(x, y)
+    near, z = away < 0.2 * shape["size_m"], z * np.clip(0.5 + 1.5 * away / shape["size_m"], 0, 1.6)
     z = z - np.percentile(z[near], 98) + shape.get("heap_m", 0.0) * (1 - (2 * np.maximum(np.abs(x), np.abs(y)) / shape["size_m"]) ** 4)
     return [sheet("body", np.stack([x, y, z], -1), uv=np.stack([x, y], -1) / CLOTH_M + 0.5)]
 
@@ -193,7 +196,7 @@ def cuff(
     colour = draw_colour(rng, white if look == "white" else of_split(DRAPES, split)[look])
     shape = dict(leg=leg.shape, end=end, cover=float(rng.uniform(0.2, 0.32)), beyond=float(rng.uniform(0.02, 0.12)),
                  loose_m=float(rng.uniform(0.001, 0.004)), seed=int(rng.integers(2**31)))
-    return Prop("cuff", shape, leg.T_world_prop, {"body": _woven(rng, colour, 0.85, 256)})
+    return Prop("cuff", shape, leg.T_world_prop, {"body": _woven(rng, colour, 0.85, CLOTH_M / 2)})
 
 # %% ../../nbs/21q_soft.ipynb #c023
 def cuff_parts(shape: dict) -> list[Part]:
@@ -221,7 +224,7 @@ def gauze(
 ) -> Prop:
     "Draw a crumpled swab."
     side = rng.uniform(0.04, 0.10)
-    shape = dict(size_m=[float(side), float(side * rng.uniform(0.6, 1))], height_m=float(rng.uniform(0.004, 0.016)), seed=int(rng.integers(2**31)))
+    shape = dict(size_m=[float(side), float(side * rng.uniform(0.6, 1))], height_m=float(rng.uniform(0.003, 0.012)), seed=int(rng.integers(2**31)))
     bloody = float(rng.choice([0, rng.uniform(0.1, 0.7)])) if bloody is None else bloody
     white = dict(colour=tuple((rng.uniform(0.75, 0.9) * np.array([1, 0.99, 0.96])).round(4).tolist()), roughness=0.9, specular=0.0, texture="gauze",
                  side_px=256, seed=int(rng.integers(2**31)), bump=0.5, paint=dict(blood=round(bloody, 3)))
@@ -233,19 +236,21 @@ def gauze_parts(shape: dict) -> list[Part]:
     rng, n = np.random.default_rng(shape["seed"]), 40
     u, v = np.meshgrid(np.linspace(-1, 1, n), np.linspace(-1, 1, n))
     away = np.maximum(np.abs(u), np.abs(v))
-    wobble = 1 + 0.35 * (fractal_noise(rng, n, n, 3, 2) - 0.5)
+    wobble = 1 + 0.2 * (fractal_noise(rng, n, n, 3, 2) - 0.5)
     x, y = (a * s / 2 * wobble for a, s in zip((u, v), shape["size_m"], strict=True))
-    z = shape["height_m"] * (0.35 + fractal_noise(rng, n, n, 5, 3)) * np.sqrt(np.clip(1 - away**6, 0, 1))
+    turn = rng.uniform(0, np.pi)
+    doubled = 0.25 * (np.cos(turn) * u + np.sin(turn) * v > rng.uniform(-0.5, 0.5))  # folded over
+    z = shape["height_m"] * (0.25 + doubled + 0.8 * fractal_noise(rng, n, n, 5, 4)) * np.sqrt(np.clip(1 - away**8, 0, 1))
     return [sheet("body", np.stack([x, y, z], -1), paint=dict(size_m=max(shape["size_m"])))]
 
 # %% ../../nbs/21q_soft.ipynb #c026
-BLOOD = (0.16, 0.004, 0.004)  # linear RGB; the same in every split
+BLOOD = (0.12, 0.003, 0.003)  # linear RGB; the same in every split
 
 def blood(
     rng: np.random.Generator,
     split: str = "train",  # blood is the same in all
     *,
-    size_m: tuple[float, float] = (0.01, 0.05),  # range of its length
+    size_m: tuple[float, float] = (0.006, 0.035),  # range of its length
     over: Prop | None = None,  # a mound that it lies on
 ) -> Prop:
     "Draw a wet patch on the table, or around the wound."

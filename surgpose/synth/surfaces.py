@@ -12,7 +12,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from .looks import fractal_noise, rotated
+from .looks import fractal_noise, rotated, shade
 
 # %% auto #0
 __all__ = ['PENS', 'THREADS', 'SURFACES', 'dab', 'mixed', 'surface']
@@ -48,22 +48,32 @@ def mixed(
     return (picture + mask[..., None] * (np.asarray(colour, np.float32) - picture)).astype(np.float32)
 
 # %% ../../nbs/21s_surfaces.ipynb #c011
+def _crinkles(rng: np.random.Generator, side: int, size_m: float) -> np.ndarray:
+    def ridges(h: int, w: int) -> np.ndarray:
+        folds = fractal_noise(rng, h, w, rng.uniform(8, 26) * size_m / 0.5, 3, rng.uniform(1, 3.5), 0.45)
+        return (1 - np.abs(2 * folds - 1)) ** rng.uniform(1, 3)
+    relief = rotated(ridges, side, side, rng.uniform(0, 180)) * side / 50
+    where = np.clip(2.5 * fractal_noise(rng, side, side, 3, 3) - rng.uniform(0.2, 1.2), 0, 1)
+    return 1 + where * np.clip(shade(relief, rng.uniform(0, 6.3)) - 1, -0.5, 0.5)
+
+# %% ../../nbs/21s_surfaces.ipynb #c012
 def _cloth(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     grain = 0.5 * (fractal_noise(rng, side, side, side / 2, 1, 4) + fractal_noise(rng, side, side, side / 2, 1, 4).T) - 0.5
     dye = fractal_noise(rng, side, side, rng.uniform(2, 6), 5) - 0.5
-    light = (0.93 + rng.uniform(0.01, 0.05) * grain + rng.uniform(0.02, 0.14) * dye)[..., None]
+    light = 0.93 + rng.uniform(0.01, 0.05) * grain + rng.uniform(0.02, 0.14) * dye
+    light = (light * (1 + paint.get("crinkles", 0) * (_crinkles(rng, side, size_m) - 1)))[..., None].astype(np.float32)
     for _ in range(paint.get("folds", 0)):
         a, b, depth = rng.uniform(-0.1, 1.1), rng.uniform(-0.03, 0.03), rng.uniform(0.03, 0.12)
         line, lit = np.array([[a, -0.1], [a + b, 1.1]])[:, :: rng.choice([-1, 1])], np.ones((side, side, 1), np.float32)
         dab(lit, line, 1.5, (1 + depth,), soft_px=1); dab(lit, line + 2.5 / side, 2.5, (1 - depth,), soft_px=1.5)
         light *= 1 + (lit - 1) * (0.3 + fractal_noise(rng, side, side, 8, 2))[..., None]
-    cloth = np.repeat(light, 3, -1).astype(np.float32)
+    cloth = np.repeat(light, 3, -1)
     for _ in range(paint.get("spots", 0)):
         spot = rng.uniform(0, 1, 2) + rng.normal(0, 0.004, (rng.integers(1, 4), 2))
         dab(cloth, spot, rng.uniform(0.5, 2), rng.uniform(0, 0.5, 3) * (0.6, 0.8, 1), rng.uniform(0.3, 0.9))
     return cloth
 
-# %% ../../nbs/21s_surfaces.ipynb #c013
+# %% ../../nbs/21s_surfaces.ipynb #c014
 def _skin(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     blotch = fractal_noise(rng, side, side, rng.uniform(3, 7), 5)
     fine = fractal_noise(rng, side, side, 60, 3) - 0.5
@@ -79,7 +89,7 @@ def _skin(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np
         dab(skin, rng.uniform(0.05, 0.95, 2), rng.uniform(0.4, 1.6) * 1e-3 / size_m * side, (0.62, 0.22, 0.24), rng.uniform(0.3, 0.8), 1.0)
     return skin
 
-# %% ../../nbs/21s_surfaces.ipynb #c014
+# %% ../../nbs/21s_surfaces.ipynb #c015
 PENS = ((0.10, 0.42, 0.45), (0.10, 0.25, 0.55), (0.25, 0.15, 0.45), (0.08, 0.08, 0.12), (0.15, 0.5, 0.3))
 THREADS = ((0.05, 0.08, 0.25), (0.03, 0.03, 0.05), (0.10, 0.2, 0.5), (0.25, 0.15, 0.35))
 
@@ -88,7 +98,7 @@ def _ways(line: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     along = (line[1] - line[0]) / length
     return along, np.array([-along[1], along[0]]), length
 
-# %% ../../nbs/21s_surfaces.ipynb #c015
+# %% ../../nbs/21s_surfaces.ipynb #c016
 def _pen_marks(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: float) -> None:
     ink, unit, (along, across, length) = PENS[rng.integers(len(PENS))], mm / len(skin), _ways(line)
     strong, step, off = rng.uniform(0.35, 0.9), rng.uniform(4, 8) * unit, rng.uniform(3, 8) * unit
@@ -100,10 +110,10 @@ def _pen_marks(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm:
         wobble = np.linspace(*line, 9) + across * rng.normal(0, 0.3, (9, 1)) * unit
         dab(skin, wobble, 0.6 * mm, ink, 0.6 * strong, 0.4 * mm)
 
-# %% ../../nbs/21s_surfaces.ipynb #c016
+# %% ../../nbs/21s_surfaces.ipynb #c017
 def _wound(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: float, gape_mm: float) -> np.ndarray:
     side, s, (_, across, length) = len(skin), np.linspace(0, 1, 40)[:, None], _ways(line)
-    middle = line[0] + s * (line[1] - line[0]) + across * np.interp(s, np.linspace(0, 1, 7), rng.normal(0, 0.02, 7)) * length * (0.5 + rng.random())
+    middle = line[0] + s * (line[1] - line[0]) + across * sum(rng.normal(0, 0.02 / k) * np.sin(np.pi * k * s + rng.uniform(0, 6.28)) for k in (1, 2, 3, 5)) * length
     half = gape_mm * np.sin(np.pi * s) ** 0.6 * (1 + 0.3 * rng.standard_normal((40, 1))) * mm / side / 2
     lens = np.zeros((side, side), np.uint8)
     lips = np.vstack([middle + across * half, (middle - across * half)[::-1]])
@@ -115,7 +125,7 @@ def _wound(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: flo
     flesh = np.array([0.30, 0.05, 0.05]) + fractal_noise(rng, side, side, 40, 3)[..., None] * np.array([0.45, 0.15, 0.12])
     return mixed(skin, cv2.erode(lens, None) if gape_mm > 1.5 else lens[..., 0], flesh)
 
-# %% ../../nbs/21s_surfaces.ipynb #c017
+# %% ../../nbs/21s_surfaces.ipynb #c018
 def _stitches(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: float, count: int) -> None:
     thread, unit, (along, across, length) = THREADS[rng.integers(len(THREADS))], mm / len(skin), _ways(line)
     wide, step = rng.uniform(2.5, 5), rng.uniform(4.5, 6) * unit
@@ -127,7 +137,7 @@ def _stitches(rng: np.random.Generator, skin: np.ndarray, line: np.ndarray, mm: 
         dab(skin, ends, 2.5 * mm, (0.8, 0.45, 0.42), 0.25, mm)
         for mark, width in ((ends, 0.45), (tails, 0.4), ([knot], 1.0)): dab(skin, mark, width * mm, thread, soft_px=0.4)
 
-# %% ../../nbs/21s_surfaces.ipynb #c019
+# %% ../../nbs/21s_surfaces.ipynb #c020
 def _bloody(rng: np.random.Generator, picture: np.ndarray, share: float, line: np.ndarray | None = None) -> np.ndarray:
     side = len(picture)
     cloud = fractal_noise(rng, side, side, rng.uniform(1.5, 3.5) if line is None else 8, 6, fade=0.5)
@@ -141,7 +151,7 @@ def _bloody(rng: np.random.Generator, picture: np.ndarray, share: float, line: n
     stain = picture * (1 - np.clip(1.8 * thick, 0, 1)[..., None] * np.array([0.25, 0.85, 0.83]))
     return mixed(stain, np.clip(1.4 * thick - 0.3, 0, rng.uniform(0.6, 0.9)), np.array([0.36, 0.03, 0.03]))
 
-# %% ../../nbs/21s_surfaces.ipynb #c020
+# %% ../../nbs/21s_surfaces.ipynb #c021
 def _skin_marked(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     skin, mm = _skin(rng, side, size_m, paint), 1e-3 / size_m * side
     for _ in range(paint.get("scars", 0)):
@@ -156,7 +166,7 @@ def _skin_marked(rng: np.random.Generator, side: int, size_m: float, paint: dict
     _stitches(rng, skin, line, mm, paint.get("stitches", 0))
     return skin
 
-# %% ../../nbs/21s_surfaces.ipynb #c022
+# %% ../../nbs/21s_surfaces.ipynb #c023
 def _gauze(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     y, x = np.mgrid[:side, :side] * (2 * np.pi / (rng.uniform(0.9, 1.6) * 1e-3 / size_m * side))
     bend = 3 * fractal_noise(rng, side, side, 6, 3)
@@ -165,14 +175,14 @@ def _gauze(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> n
     picture = np.repeat(light[..., None], 3, -1).astype(np.float32)
     return _bloody(rng, picture, paint["blood"]) if paint.get("blood") else picture
 
-# %% ../../nbs/21s_surfaces.ipynb #c023
+# %% ../../nbs/21s_surfaces.ipynb #c024
 def _wood(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     def rings(h: int, w: int) -> np.ndarray: return fractal_noise(rng, h, w, 14, 4, 14, 0.6)
     grain = rotated(rings, side, side, rng.normal(0, 4))
     fibre = fractal_noise(rng, side, side, side / 3, 1, 24)
     return (0.92 + 0.25 * (grain - 0.5) + 0.10 * (fibre - 0.5))[..., None] * (1 - 0.12 * grain[..., None] * np.array([0, 0.5, 1]))
 
-# %% ../../nbs/21s_surfaces.ipynb #c024
+# %% ../../nbs/21s_surfaces.ipynb #c025
 def _cardboard(rng: np.random.Generator, side: int, size_m: float, paint: dict) -> np.ndarray:
     fibre = fractal_noise(rng, side, side, side / 4, 2, 3) - 0.5
     picture = np.repeat((0.94 + 0.06 * fibre + 0.06 * (fractal_noise(rng, side, side, 3, 3) - 0.5))[..., None], 3, -1).astype(np.float32)
@@ -182,7 +192,7 @@ def _cardboard(rng: np.random.Generator, side: int, size_m: float, paint: dict) 
             dab(picture, a + [[0, 0.03 * row], [rng.uniform(0.05, 0.25), 0.03 * row]], rng.uniform(2, 8), ink, 0.8)
     return picture
 
-# %% ../../nbs/21s_surfaces.ipynb #c025
+# %% ../../nbs/21s_surfaces.ipynb #c026
 SURFACES: dict[str, Callable[[np.random.Generator, int, float, dict], np.ndarray]] = {
     "cloth": _cloth, "skin_plain": _skin, "skin_marked": _skin_marked, "gauze": _gauze, "wood": _wood, "cardboard": _cardboard,
 }
@@ -199,7 +209,7 @@ def surface(
     if kind not in SURFACES: raise ValueError(f"surface: expected one of {', '.join(SURFACES)}, got {kind!r}")
     return _surface(kind, seed, side_px, size_m, json.dumps(paint or {}, sort_keys=True))
 
-# %% ../../nbs/21s_surfaces.ipynb #c026
+# %% ../../nbs/21s_surfaces.ipynb #c027
 @lru_cache(maxsize=32)
 def _surface(kind: str, seed: int, side_px: int, size_m: float, paint: str) -> np.ndarray:
     rgb = SURFACES[kind](np.random.default_rng(seed), side_px, size_m, json.loads(paint))
