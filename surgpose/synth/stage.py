@@ -37,7 +37,7 @@ LAMPS = {  # family -> ranges: size m, distance m, off the vertical deg, W, beam
     "trainer": dict(size_m=(0.3, 1.0), far_m=(0.9, 1.6), lean_deg=(15, 60), watts=(4.5, 6.5), spread_deg=(180, 180)),
     "operating_room": dict(size_m=(0.04, 0.16), far_m=(0.7, 1.1), lean_deg=(0, 35), watts=(6, 9), spread_deg=(28, 64)),
 }
-TINTS = {"trainer": (1.0, 0.97, 0.93), "operating_room": (1.0, 0.90, 0.76)}
+TINTS = {"trainer": (1.0, 1.0, 1.0), "operating_room": (1.0, 0.90, 0.76)}
 
 def sample_lamp(
     rng: np.random.Generator,
@@ -66,7 +66,7 @@ def sample_room(
     if family == "trainer" and rng.random() < 0.5 and (cfg.hdri_dir or split in WORLDS):
         world = sample_world(rng, cfg, "hdri", split)
         return replace(world, strength=0.35 * world.strength)
-    low, high = (0.1, 0.4) if family == "trainer" else (0.03, 0.14)
+    low, high = (0.1, 0.4) if family == "trainer" else (0.05, 0.2)
     cool = np.array([0.96, 1.0, 1.03]) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))
     return World(None, tuple((cool * rng.uniform(low, high)).round(4).tolist()), 1.0)
 
@@ -101,7 +101,7 @@ def trainer_stage(
     loose = [rested(thing, bare) for thing in loose] + ([_laid_out(cable(rng, split), bare)] if rng.random() < 0.1 else [])
     shares = rng.dirichlet(np.ones(1 + rng.integers(3)))
     lamps = tuple(sample_lamp(rng, cfg, "trainer", wound_m.mean(0), share) for share in shares)
-    return Stage("trainer", (*solid, *loose), lamps, sample_room(rng, cfg, "trainer", split), wound_m, ground_under((*solid, *loose)))
+    return Stage("trainer", (*solid, *loose), lamps, sample_room(rng, cfg, "trainer", split), wound_m, ground_under(loose, bare))
 
 # %% ../../nbs/21t_stage.ipynb #c020
 def sample_limb(
@@ -148,4 +148,4 @@ def operating_stage(
     loose += [_scattered(rng, tray(rng, split), 0.28, 0.36)] if rng.random() < 0.25 else []
     loose = [rested(thing, bare) for thing in loose] + [_laid_out(cable(rng, split), bare) for _ in range(rng.integers(3))]
     lamp, room = sample_lamp(rng, cfg, "operating_room", wound_m.mean(0)), sample_room(rng, cfg, "operating_room", split)
-    return Stage("operating_room", (*solid, *wet, *loose), (lamp,), room, wound_m, ground_under((*solid, *loose)))
+    return Stage("operating_room", (*solid, *wet, *loose), (lamp,), room, wound_m, ground_under(loose, bare))

@@ -76,21 +76,28 @@ class Ground:
         return np.where(inside, self.height_m[np.clip(y, 0, rows - 1), np.clip(x, 0, columns - 1)], 0.0)
 
 # %% ../../nbs/21h_stance.ipynb #c017
-def _corners(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float) -> np.ndarray:
+def _spread(corners_m: np.ndarray, cell_m: float) -> np.ndarray:  # (F, 3, 3) triangles -> (N, 3)
+    sides = np.linalg.norm(corners_m - np.roll(corners_m, 1, 1), axis=-1).max(1)
+    steps, points = 2 ** np.ceil(np.log2(np.maximum(sides / (1.5 * cell_m), 1))).astype(int), [np.empty((0, 3))]
+    for n in np.unique(steps[steps > 1]):
+        i, j = np.meshgrid(np.arange(n + 1), np.arange(n + 1))
+        i, j = i[i + j <= n] / n, j[i + j <= n] / n
+        points.append((np.stack([1 - i - j, i, j], 1) @ corners_m[steps == n]).reshape(-1, 3))
+    return np.concatenate(points)
+
+# %% ../../nbs/21h_stance.ipynb #c018
+def _surface(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float) -> np.ndarray:
     from trimesh.geometry import triangulate_quads
-    from trimesh.remesh import subdivide_to_size
 
     xyz_m, faces = transform(T_world_prop, part.vertices_m), triangulate_quads(part.faces)
     low, high = xyz_m[faces].min(1)[:, :2], xyz_m[faces].max(1)[:, :2]
     near = ((low < reach_m) & (high > -reach_m)).all(1)
-    sides = np.linalg.norm(xyz_m[faces] - xyz_m[np.roll(faces, 1, 1)], axis=-1).max(1)
-    large = faces[near & (sides > 2 * cell_m)]
-    if not len(large): return xyz_m
-    return np.concatenate([xyz_m, subdivide_to_size(xyz_m, large, 2 * cell_m, max_iter=20)[0]])
+    return np.concatenate([xyz_m, _spread(xyz_m[faces[near]], cell_m)])
 
-# %% ../../nbs/21h_stance.ipynb #c018
+# %% ../../nbs/21h_stance.ipynb #c019
 def ground_under(
     props: Iterable[Prop],  # what counts as ground
+    base: Ground | None = None,  # what they lie on; the bare table when absent
     reach_m: float = 0.35,  # half a side of the map, which lies round the origin
     cell_m: float = 0.005,
 ) -> Ground:
@@ -98,14 +105,15 @@ def ground_under(
     cells = 2 * round(reach_m / cell_m) + 1
     height = np.full((cells, cells), -1.0)
     for part, T in ((part, prop.T_world_prop) for prop in props for part in prop_parts(prop)):
-        xyz_m = _corners(part, T, reach_m, cell_m)
+        xyz_m = _surface(part, T, reach_m, cell_m)
         x, y = np.round((xyz_m[:, :2] + reach_m) / cell_m).astype(int).T
         inside = (x >= 0) & (x < cells) & (y >= 0) & (y < cells)
         np.maximum.at(height, (y[inside], x[inside]), xyz_m[inside, 2])
     height = grey_closing(height, 3)
+    if base: return Ground(np.maximum(height, base.height_m), base.corner_m, cell_m)
     return Ground(np.where(height > -1, height, 0.0), np.array([-reach_m, -reach_m]), cell_m)
 
-# %% ../../nbs/21h_stance.ipynb #c022
+# %% ../../nbs/21h_stance.ipynb #c023
 def clearance_m(
     placed: ToolPlacement,
     ground: Ground,
@@ -114,7 +122,7 @@ def clearance_m(
     xyz_m = transform(placed.T_world_tool, build_tool(placed.asset, placed.opening_deg).mesh.vertices)
     return float((xyz_m[:, 2] - ground.at(xyz_m[:, :2])).min())
 
-# %% ../../nbs/21h_stance.ipynb #c023
+# %% ../../nbs/21h_stance.ipynb #c024
 def raised(
     placed: ToolPlacement,
     ground: Ground,
@@ -127,7 +135,7 @@ def raised(
     T[2, 3] += lift if drop else max(lift, 0.0)
     return replace(placed, T_world_tool=T)
 
-# %% ../../nbs/21h_stance.ipynb #c024
+# %% ../../nbs/21h_stance.ipynb #c025
 def rested(
     prop: Prop,
     ground: Ground,
@@ -136,7 +144,7 @@ def rested(
     xyz_m = np.concatenate([transform(prop.T_world_prop, p.vertices_m) for p in prop_parts(prop)])
     return moved(prop, rigid(None, [0, 0, float((ground.at(xyz_m[:, :2]) - xyz_m[:, 2]).max())]))
 
-# %% ../../nbs/21h_stance.ipynb #c028
+# %% ../../nbs/21h_stance.ipynb #c029
 def taken_by(
     tools: Iterable[ToolPlacement],
     radius_m: float = 0.045,
@@ -145,7 +153,7 @@ def taken_by(
     points = [transform(t.T_world_tool, build_tool(t.asset, t.opening_deg).keypoints_m[[TIP, HINGE, HANDLE]]) for t in tools]
     return [(float(x), float(y), radius_m) for x, y, _ in np.reshape(points, (-1, 3))]
 
-# %% ../../nbs/21h_stance.ipynb #c029
+# %% ../../nbs/21h_stance.ipynb #c030
 def spot_in_view(
     rng: np.random.Generator,
     camera: Camera,
@@ -164,7 +172,7 @@ def spot_in_view(
     if ground: room = [min(r, flat_m / max(np.ptp(ground.at(spot + around)), 1e-6)) for r, spot in zip(room, spots, strict=True)]
     return spots[next((i for i, r in enumerate(room) if r > 1), int(np.argmax(room)))]
 
-# %% ../../nbs/21h_stance.ipynb #c032
+# %% ../../nbs/21h_stance.ipynb #c033
 def lay_distractors(
     rng: np.random.Generator,
     cfg: RenderConfig,

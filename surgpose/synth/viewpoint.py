@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from ..config import RenderConfig
-from ..geometry import rigid
-from .hands import capsule_distance
+from ..geometry import invert_rigid, project, rigid, transform
+from .hands import ARM, capsule_distance
 from .parts import Camera, Occluder
 from .placing import sample_intrinsics
 from .surroundings import leaves_view
 
 # %% auto #0
-__all__ = ['FOV_SHARES', 'split_fov', 'aimed', 'theatre_camera', 'sees', 'free_camera']
+__all__ = ['FOV_SHARES', 'split_fov', 'aimed', 'theatre_camera', 'sees', 'reaches_in', 'free_camera']
 
 # %% ../../nbs/21u_viewpoint.ipynb #c005
 FOV_SHARES = {"train": (0.0, 0.6), "val": (0.65, 0.8), "test": (0.85, 1.0)}
@@ -77,6 +77,16 @@ def sees(
     return all(capsule_distance(line, hand.capsules).min() > 0 for hand in hands)
 
 # %% ../../nbs/21u_viewpoint.ipynb #c016
+def reaches_in(
+    camera: Camera,
+    hand: Occluder,
+) -> bool:
+    "Tell whether a hand's arm ends outside the picture."
+    elbow_m = hand.capsules[ARM, 3:6].mean(0) if len(hand.capsules) > 8 else hand.capsules[-1, 3:6]
+    x, y = project(transform(invert_rigid(camera.T_world_cam), elbow_m[None]), camera.K)[0]
+    return not (0 <= x < camera.width and 0 <= y < camera.height)
+
+# %% ../../nbs/21u_viewpoint.ipynb #c019
 def free_camera(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -91,5 +101,6 @@ def free_camera(
     "Hang a camera where no hand is in the way, if it can be done."
     for _ in range(tries):
         camera = theatre_camera(rng, cfg, family, split, length_m, aim_m)
-        if all(leaves_view(h, camera, aim_m, 0.45) for h in hands) and all(sees(camera, tip, hands) for tip in tips_m): break
+        if not all(leaves_view(h, camera, aim_m, 0.45) and reaches_in(camera, h) for h in hands): continue
+        if all(sees(camera, tip, hands) for tip in tips_m): break
     return camera
