@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -57,6 +58,10 @@ class EvaluateConfig(Section):
     iou: float = Field(0.7, ge=0, le=1, description="box IoU of the detector's own NMS")
     max_det: int = Field(20, ge=1, description="most detections per image; pycocotools' limit for keypoints")
     bootstrap: int = Field(200, ge=0, description="resamples of the images behind every 95 % interval")
+    threshold: float = Field(0.25, ge=0, le=1, description="score from which detections are shown: for confusion, false detections and tips")
+    resize: tuple[int, int] | None = Field(None, description="width and height in px that images are brought to first, if they are stored squeezed")
+    sizes: tuple[int, ...] = Field((), description="image sizes in px to measure at as well, one row each")
+    worst: int = Field(0, ge=0, description="draw this many of the worst images into worst.jpg")
 
 # %% ../nbs/01_config.ipynb #c009
 class PredictConfig(Section):
@@ -66,7 +71,11 @@ class PredictConfig(Section):
     iou: float = Field(0.7, ge=0, le=1, description="box IoU of the detector's own NMS")
     max_det: int = Field(20, ge=1, description="most detections per frame")
     stride: int = Field(1, ge=1, description="take every n-th frame")
+    frames: int | None = Field(None, ge=1, description="stop after so many frames; the source's end when absent")
+    classes: tuple[Literal["needle_holder", "tweezers"], ...] = Field((), description="tools to look for; all when empty")
     overlay: bool = Field(True, description="write pictures or a video with the poses drawn in")
+    checkpoint: int = Field(500, ge=1, description="frames after which what was found is kept, so that a killed run continues there")
+    backend: Literal["auto", "torch", "openvino"] = Field("auto", description="what runs the network; auto takes OpenVINO where there is no GPU")
 
 # %% ../nbs/01_config.ipynb #c011
 class PseudoConfig(Section):

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'frame_rate', 'VideoWriter', 'write_video', 'VideoInfo', 'video_info',
-           'read_video', 'read_image', 'list_images', 'is_video', 'iter_source', 'count_source']
+           'read_video', 'read_image', 'list_images', 'is_video', 'iter_source', 'count_source', 'camera_number',
+           'read_camera']
 
 # %% ../../nbs/15_video.ipynb #c005
 def frame_rate(
@@ -52,9 +54,10 @@ class VideoWriter:
         width: int,  # px, of the images that come
         height: int,  # px
         crf: int,  # x264's quality: 0 is lossless, 51 the worst
+        preset: str,  # x264's: faster ones write larger files
     ) -> None:
         self.width, self.height, self.frames, self._last = width, height, 0, -1
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         context = stream.codec_context
         context.time_base = 1 / (rate * _TICKS)
@@ -98,6 +101,7 @@ def write_video(
     width: int,  # px of the images that will come
     height: int,  # px
     crf: int = 20,  # x264's quality: 0 is lossless, 51 the worst
+    preset: str = "veryfast",  # x264's: faster ones write larger files
 ) -> Iterator[VideoWriter]:
     "Write an MP4 that appears under its name only if the block ends well."
     import av
@@ -106,7 +110,7 @@ def write_video(
     if min(width, height) < 2: raise ValueError(f"{path}: expected at least 2 x 2 px, got {width} x {height}")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with atomic_path(path) as tmp, av.open(f"file:{tmp}", "w", format="mp4", options=options) as container:
-        writer = VideoWriter(container, rate, width, height, crf)
+        writer = VideoWriter(container, rate, width, height, crf, preset)
         yield writer
         writer.finish()
 
@@ -215,8 +219,8 @@ def is_video(
     return Path(source).suffix.lower() in VIDEO_SUFFIXES and not Path(source).is_dir()
 
 # %% ../../nbs/15_video.ipynb #c041
-def _stills(images: list[Path], stride: int, lost: list[Frame] | None) -> Iterator[tuple[Frame, np.ndarray]]:
-    wanted, bad = range(0, len(images), stride), []
+def _stills(images: list[Path], stride: int, start: int, lost: list[Frame] | None) -> Iterator[tuple[Frame, np.ndarray]]:
+    wanted, bad = range(start, len(images), stride), []
     for i in wanted:
         try: image = read_image(images[i])
         except (ValueError, FileNotFoundError) as e:
@@ -233,14 +237,15 @@ def iter_source(
     source: Path | str,  # an image, a folder of images, or a video
     stride: int = 1,  # take every n-th
     *,
+    start: int = 0,  # number of the first
     lost: list[Frame] | None = None,  # frames and images that could not be read are appended here
 ) -> Iterator[tuple[Frame, np.ndarray]]:  # frame, and its image (H, W, 3) uint8 BGR
     "Read pictures one at a time, wherever they come from."
     if stride < 1: raise ValueError(f"{source}: expected a stride of at least 1, got {stride}")
-    if is_video(source): return read_video(source, stride=stride, lost=lost)
+    if is_video(source): return read_video(source, stride=stride, start=start, lost=lost)
     images = list_images(source)
     if len(images) == 1: read_image(images[0])
-    return _stills(images, stride, lost)
+    return _stills(images, stride, start, lost)
 
 # %% ../../nbs/15_video.ipynb #c044
 def count_source(
@@ -250,3 +255,39 @@ def count_source(
     "Count pictures, for a progress bar."
     total = read_timeline(source).frames if is_video(source) else len(list_images(source))
     return -(-total // stride)
+
+# %% ../../nbs/15_video.ipynb #c047
+def camera_number(
+    source: Path | str,
+) -> int | None:  # nothing when it is a file or a folder
+    "Tell whether a source is a webcam: a bare number that no file is called."
+    return int(str(source)) if str(source).isdecimal() and not Path(source).exists() else None
+
+
+def read_camera(
+    number: int,  # 0 is the first
+    stride: int = 1,  # take every n-th frame
+) -> tuple[VideoInfo, Iterator[tuple[Frame, np.ndarray]]]:  # what it is, and its frames, until they are closed
+    "Open a webcam."
+    level = cv2.utils.logging.setLogLevel(0)  # OpenCV tells of every driver that it tries
+    try: camera = cv2.VideoCapture(number)
+    finally: cv2.utils.logging.setLogLevel(level)
+    ok, image = camera.read() if camera.isOpened() else (False, None)
+    if not ok:
+        camera.release()
+        raise RuntimeError(f"camera {number}: expected a webcam, none gives a picture; see `ls /dev/video*`, "
+                           "close what else uses it, or name a file")
+    height, width = image.shape[:2]
+    fps = camera.get(cv2.CAP_PROP_FPS)
+    info = VideoInfo(Path(f"camera{number}"), width, height, fps if 1 <= fps <= 240 else 25.0, 0, 0.0, "camera")
+    return info, _shots(camera, info.path.name, stride)
+
+def _shots(camera: Any, name: str, stride: int) -> Iterator[tuple[Frame, np.ndarray]]:
+    first, index = time.monotonic(), 0
+    try:
+        while True:
+            ok, image = camera.read()
+            if not ok: return
+            if index % stride == 0: yield Frame(name, image.shape[1], image.shape[0], index, time.monotonic() - first), image
+            index += 1
+    finally: camera.release()
