@@ -1,5 +1,6 @@
 """Foreign meshes: a folder of models rendered from end to end, and scans of the optional shared data."""
 
+import base64
 import json
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ from surgpose.files import read_json, read_jsonl
 from surgpose.schema import CLASSES, HANDLE, HINGE, JAW_L, JAW_R, KEYPOINTS, TIP, order_jaws
 from surgpose.synth.mesh_import import export_tool, import_obj, import_surgeonet, write_sidecar
 from surgpose.synth.obj import read_obj
+from surgpose.synth.place import SCRIPT
 from surgpose.synth.render import render
 from surgpose.synth.tools import build_tool, opening_range, sample_asset
 
@@ -44,7 +46,8 @@ def test_a_folder_of_models_with_sidecars_and_a_calibrated_camera(tmp_path):
     (tmp_path / "camera.json").write_text(json.dumps(camera))
     code = main(["render", "--out", str(tmp_path / "set"), "--models", str(models),
                  "--kps-dir", str(sidecars), "--camera", str(tmp_path / "camera.json"),
-                 "--per-obj-cap", "2", "--images", "8", "--res-scale", "0.5", "--samples", "1", "--tools-per-image", "2=1", *STILL])
+                 "--per-obj-cap", "2", "--images", "8", "--res-scale", "0.5", "--samples", "1",
+                 "--tools-per-image", "2=1", *STILL])
     assert code == 0
     coco = read_coco(tmp_path / "set" / "coco_annotations.json", check_images=True)
     rows, used = annotations_by_image(coco), Counter()
@@ -71,6 +74,45 @@ def test_a_model_without_sidecar_is_refused_before_anything_is_drawn(tmp_path, c
     told = capsys.readouterr().err
     assert "mine.obj needs a sidecar" in told and "20d_place" in told and '"jaw_L": [x, y, z]' in told
     assert not (tmp_path / "set").exists()
+
+
+# Clicking keypoints -----------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PAGE = """<div id="here"></div><script type="module">%s
+const said = window.said = [], hear = {}, png = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
+const model = { get: () => png, on: (what, f) => { hear[what] = f; }, send: m => said.push(m) };
+window.answer = () => hear["change:image"]();
+render({ model, el: document.getElementById("here") });</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+def test_a_browser_tells_clicks_drags_and_scrolls():
+    "A click is told in pixels of the picture; a drag waits for the next picture before it goes on."
+    sync_api = pytest.importorskip("playwright.sync_api")
+    png = cv2.imencode(".png", np.zeros((60, 80, 3), np.uint8))[1].tobytes()
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        tab, wrong = browser.new_page(), []
+        tab.on("pageerror", lambda e: wrong.append(str(e)))
+        script = SCRIPT.replace("export default", "window.module =")
+        tab.set_content(PAGE % (script, base64.b64encode(png).decode()))
+        box = tab.locator("img").bounding_box()  # with a border of one pixel
+        tab.mouse.click(box["x"] + 1 + 30.5, box["y"] + 1 + 20.5)
+        tab.mouse.move(box["x"] + 40, box["y"] + 30)
+        tab.mouse.down()
+        for step in (10, 15, 20):
+            tab.mouse.move(box["x"] + 40 + step, box["y"] + 30)
+        tab.mouse.up()
+        before = tab.evaluate("said")
+        tab.evaluate("answer()")
+        tab.mouse.wheel(0, -100)
+        tab.wait_for_function("said.length > 3")
+        after = tab.evaluate("said")
+        browser.close()
+    assert wrong == [] and [m["kind"] for m in after] == ["click", "drag", "drag", "zoom"]
+    assert (before[0]["x"], before[0]["y"]) == pytest.approx((30, 20), abs=0.6) and len(before) == 2
+    assert sum(m["dx"] for m in after[1:3]) == 20 and after[1]["dx"] < 20 and after[3]["steps"] == 1
 
 
 # Scans ------------------------------------------------------------------------------------------------------
