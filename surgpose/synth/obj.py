@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,10 +21,11 @@ from ..files import safe_join
 from ..schema import CLASSES, KEYPOINTS
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'MAX_FACES', 'Number', 'Point', 'UNITS', 'Obj', 'read_obj', 'Joint', 'Sidecar', 'parse_sidecar']
+__all__ = ['MAX_BYTES', 'MAX_FACES', 'MAX_VERTICES', 'Number', 'Point', 'UNITS', 'Obj', 'read_obj', 'Joint', 'Sidecar',
+           'parse_sidecar']
 
 # %% ../../nbs/20b_obj.ipynb #c005
-MAX_BYTES, MAX_FACES = 64 << 20, 300_000
+MAX_BYTES, MAX_FACES, MAX_VERTICES = 64 << 20, 300_000, 1_000_000
 
 # %% ../../nbs/20b_obj.ipynb #c006
 class Obj(NamedTuple):
@@ -50,6 +52,14 @@ def _colours(path: Path, text: str) -> dict[str, np.ndarray]:
     return colours
 
 # %% ../../nbs/20b_obj.ipynb #c009
+def _count(text: str) -> tuple[int, int]:
+    triangles = 0
+    for line in re.finditer(r"(?m)^[ \t]*f[ \t](.*)$", text):
+        triangles += max(1, sum(1 for _ in islice(re.finditer(r"\S+", line[1]), MAX_FACES + 3)) - 2)
+        if triangles > MAX_FACES: break
+    return triangles, sum(1 for _ in islice(re.finditer(r"(?m)^[ \t]*v[nt]?[ \t]", text), MAX_VERTICES + 1))
+
+# %% ../../nbs/20b_obj.ipynb #c010
 def _bounded(path: Path) -> str:
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected an OBJ file, there is none")
     size = path.stat().st_size
@@ -58,12 +68,14 @@ def _bounded(path: Path) -> str:
     try: text = path.read_text("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: expected OBJ text, {e.reason} at byte {e.start}") from None
-    faces = len(re.findall(r"(?m)^[ \t]*f[ \t]", text))
-    if not 1 <= faces <= MAX_FACES:
-        raise ValueError(f"{path}: expected OBJ text with 1 to {MAX_FACES} faces, got {faces}")
+    faces, vertices = _count(text)
+    if not 1 <= faces <= MAX_FACES or vertices > MAX_VERTICES:
+        got = f"{faces} and {vertices}" if faces <= MAX_FACES else f"{faces} or more"
+        raise ValueError(f"{path}: expected OBJ text with 1 to {MAX_FACES} triangles and at most {MAX_VERTICES} vertices, "
+                         f"got {got}; decimate it")
     return text
 
-# %% ../../nbs/20b_obj.ipynb #c011
+# %% ../../nbs/20b_obj.ipynb #c012
 def read_obj(
     path: Path | str,  # an OBJ file
 ) -> Obj:
@@ -72,7 +84,7 @@ def read_obj(
     stat = path.stat() if path.is_file() else None
     return _read_obj(path, stat and (stat.st_mtime_ns, stat.st_size))
 
-# %% ../../nbs/20b_obj.ipynb #c012
+# %% ../../nbs/20b_obj.ipynb #c013
 @lru_cache(maxsize=16)
 def _read_obj(path: Path, stamp: tuple[int, int] | None) -> Obj:
     text = _bounded(path)
@@ -87,25 +99,25 @@ def _read_obj(path: Path, stamp: tuple[int, int] | None) -> Obj:
                                    resolver={"plain": library}).geometry
     except (ValueError, IndexError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: expected OBJ text, trimesh says {e}") from None
-    if rows.ndim != 2 or not np.isfinite(rows).all():
+    if rows.ndim != 2 or rows.shape[1] != 3 or not np.isfinite(rows).all():
         raise ValueError(f"{path}: expected finite vertices with x, y, z; repair the file")
     parts = {k: trimesh.Trimesh(m.vertices, m.faces, process=False) for k, m in found.items() if len(m.faces)}
     for mesh in parts.values(): mesh.merge_vertices()
     materials = {k: getattr(getattr(found[k].visual, "material", None), "name", None) or "" for k in parts}
     return Obj(rows, parts, materials, {k: _role(f"{k} {m}", colours.get(m)) for k, m in materials.items()})
 
-# %% ../../nbs/20b_obj.ipynb #c016
+# %% ../../nbs/20b_obj.ipynb #c017
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Point = tuple[Number, Number, Number]
 UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 
-# %% ../../nbs/20b_obj.ipynb #c017
+# %% ../../nbs/20b_obj.ipynb #c018
 class Joint(Section):
     "The axis about which the two halves turn, in the mesh's frame and unit."
     point: Point
     axis: Point
 
-# %% ../../nbs/20b_obj.ipynb #c018
+# %% ../../nbs/20b_obj.ipynb #c019
 class Sidecar(Section):
     "What a sidecar says about its mesh; in JSON `class_name` is written `class`."
     class_name: Literal[CLASSES]
@@ -130,7 +142,7 @@ class Sidecar(Section):
         "Keypoints in the order of the schema, (5, 3), in the mesh's unit."
         return np.array([self.keypoints[k] for k in KEYPOINTS])
 
-# %% ../../nbs/20b_obj.ipynb #c019
+# %% ../../nbs/20b_obj.ipynb #c020
 def parse_sidecar(
     data: Any,  # what the JSON holds
     where: str,  # its name in errors
