@@ -127,7 +127,7 @@ def heaped_cloth(
     "Draw a smaller cloth thrown down beside the limb, in deep folds."
     cloth = drape(rng, split, look=str(rng.choice(["gown", "gown", "green", "blue"])), size_m=float(rng.uniform(0.3, 0.55)))
     waves = float(rng.uniform(0.015, 0.04))
-    folds = dict(cells=64, waves_m=waves, stretch=float(rng.uniform(1.5, 4)), heap_m=0.9 * waves)  # its edges stay low
+    folds = dict(cells=64, waves_m=waves, stretch=float(rng.uniform(1.5, 4)), heap_m=1.2 * waves + 0.008)  # its edges stay low
     at = rigid(turned(rng.uniform(0, 2 * np.pi), 0, 0), [rng.normal(0, 0.12), away_m, 0.004])
     return replace(cloth, shape=cloth.shape | folds, T_world_prop=at)
 

@@ -21,8 +21,8 @@ from .solids import Part
 from .tools import build_tool
 
 # %% auto #0
-__all__ = ['Stance', 'stand', 'stance_of', 'Ground', 'ground_under', 'clearance_m', 'raised', 'rested', 'taken_by',
-           'spot_in_view', 'lay_distractors']
+__all__ = ['Stance', 'stand', 'Ground', 'ground_under', 'clearance_m', 'raised', 'rested', 'taken_by', 'spot_in_view',
+           'lay_distractors']
 
 # %% ../../nbs/21h_stance.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -48,16 +48,6 @@ def stand(
     return ToolPlacement(asset, asset["class"], T_world_tool, float(stance.opening_deg), material, held)
 
 # %% ../../nbs/21h_stance.ipynb #c010
-def stance_of(
-    placed: ToolPlacement,
-) -> Stance:
-    "Read off where a tool's tip is and how the tool is turned."
-    R, tool = placed.T_world_tool[:3, :3], build_tool(placed.asset, placed.opening_deg)
-    tip_m = transform(placed.T_world_tool, tool.keypoints_m)[TIP]
-    angles = np.arctan2(R[1, 0], R[0, 0]), -np.arcsin(np.clip(R[2, 0], -1, 1)), np.arctan2(R[2, 1], R[2, 2])
-    return Stance(tuple(tip_m.tolist()), *(float(a) for a in angles), placed.opening_deg)
-
-# %% ../../nbs/21h_stance.ipynb #c015
 @dataclass(frozen=True, eq=False)
 class Ground:
     "A map of heights; outside it, and where nothing lies, the table at 0."
@@ -75,7 +65,7 @@ class Ground:
         inside = (x >= 0) & (x < columns) & (y >= 0) & (y < rows)
         return np.where(inside, self.height_m[np.clip(y, 0, rows - 1), np.clip(x, 0, columns - 1)], 0.0)
 
-# %% ../../nbs/21h_stance.ipynb #c017
+# %% ../../nbs/21h_stance.ipynb #c012
 def _spread(corners_m: np.ndarray, cell_m: float) -> np.ndarray:  # (F, 3, 3) triangles -> (N, 3)
     sides = np.linalg.norm(corners_m - np.roll(corners_m, 1, 1), axis=-1).max(1)
     steps, points = 2 ** np.ceil(np.log2(np.maximum(sides / (1.5 * cell_m), 1))).astype(int), [np.empty((0, 3))]
@@ -85,7 +75,7 @@ def _spread(corners_m: np.ndarray, cell_m: float) -> np.ndarray:  # (F, 3, 3) tr
         points.append((np.stack([1 - i - j, i, j], 1) @ corners_m[steps == n]).reshape(-1, 3))
     return np.concatenate(points)
 
-# %% ../../nbs/21h_stance.ipynb #c018
+# %% ../../nbs/21h_stance.ipynb #c013
 def _surface(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float) -> np.ndarray:
     from trimesh.geometry import triangulate_quads
 
@@ -94,7 +84,7 @@ def _surface(part: Part, T_world_prop: np.ndarray, reach_m: float, cell_m: float
     near = ((low < reach_m) & (high > -reach_m)).all(1)
     return np.concatenate([xyz_m, _spread(xyz_m[faces[near]], cell_m)])
 
-# %% ../../nbs/21h_stance.ipynb #c019
+# %% ../../nbs/21h_stance.ipynb #c014
 def ground_under(
     props: Iterable[Prop],  # what counts as ground
     base: Ground | None = None,  # what they lie on; the bare table when absent
@@ -113,7 +103,7 @@ def ground_under(
     if base: return Ground(np.maximum(height, base.height_m), base.corner_m, cell_m)
     return Ground(np.where(height > -1, height, 0.0), np.array([-reach_m, -reach_m]), cell_m)
 
-# %% ../../nbs/21h_stance.ipynb #c023
+# %% ../../nbs/21h_stance.ipynb #c018
 def clearance_m(
     placed: ToolPlacement,
     ground: Ground,
@@ -122,7 +112,7 @@ def clearance_m(
     xyz_m = transform(placed.T_world_tool, build_tool(placed.asset, placed.opening_deg).mesh.vertices)
     return float((xyz_m[:, 2] - ground.at(xyz_m[:, :2])).min())
 
-# %% ../../nbs/21h_stance.ipynb #c024
+# %% ../../nbs/21h_stance.ipynb #c019
 def raised(
     placed: ToolPlacement,
     ground: Ground,
@@ -135,7 +125,7 @@ def raised(
     T[2, 3] += lift if drop else max(lift, 0.0)
     return replace(placed, T_world_tool=T)
 
-# %% ../../nbs/21h_stance.ipynb #c025
+# %% ../../nbs/21h_stance.ipynb #c020
 def rested(
     prop: Prop,
     ground: Ground,
@@ -144,7 +134,7 @@ def rested(
     xyz_m = np.concatenate([transform(prop.T_world_prop, p.vertices_m) for p in prop_parts(prop)])
     return moved(prop, rigid(None, [0, 0, float((ground.at(xyz_m[:, :2]) - xyz_m[:, 2]).max())]))
 
-# %% ../../nbs/21h_stance.ipynb #c029
+# %% ../../nbs/21h_stance.ipynb #c024
 def taken_by(
     tools: Iterable[ToolPlacement],
     radius_m: float = 0.045,
@@ -153,13 +143,13 @@ def taken_by(
     points = [transform(t.T_world_tool, build_tool(t.asset, t.opening_deg).keypoints_m[[TIP, HINGE, HANDLE]]) for t in tools]
     return [(float(x), float(y), radius_m) for x, y, _ in np.reshape(points, (-1, 3))]
 
-# %% ../../nbs/21h_stance.ipynb #c030
+# %% ../../nbs/21h_stance.ipynb #c025
 def spot_in_view(
     rng: np.random.Generator,
     camera: Camera,
     taken: list[tuple[float, float, float]],  # circles: x, y in the world and radius, m
     ground: Ground | None = None,  # flat when absent
-    tries: int = 16,
+    tries: int = 30,
 ) -> np.ndarray:  # (2,) world, on the table
     "Find a free and flat place on the table that the camera sees; the best of some, if none is."
     around, flat_m = 0.05 * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]]), 0.012
@@ -172,7 +162,7 @@ def spot_in_view(
     if ground: room = [min(r, flat_m / max(np.ptp(ground.at(spot + around)), 1e-6)) for r, spot in zip(room, spots, strict=True)]
     return spots[next((i for i, r in enumerate(room) if r > 1), int(np.argmax(room)))]
 
-# %% ../../nbs/21h_stance.ipynb #c033
+# %% ../../nbs/21h_stance.ipynb #c028
 def lay_distractors(
     rng: np.random.Generator,
     cfg: RenderConfig,

@@ -13,12 +13,13 @@ from ..config import RenderConfig
 from ..geometry import rigid
 from ..schema import CLASSES
 from .grips import free_hand, grip, sample_hand_look
+from .motion import tip_of
 from .parts import Background, Occluder, Prop, Scene, ToolPlacement
 from .placing import (choose_asset, length_m, pick, sample_materials, sample_opening, set_in_motion,
                                     turned)
 from .props import thread
 from .stage import Stage, operating_stage, trainer_stage
-from .stance import Stance, lay_distractors, raised, spot_in_view, stance_of, stand, taken_by
+from .stance import Stance, lay_distractors, raised, spot_in_view, stand, taken_by
 from .surroundings import sample_post
 from .tools import opening_range
 from .viewpoint import free_camera
@@ -164,7 +165,7 @@ def sample_theatre(
     tools = [hold_tool(rng, cfg, stage, role, asset, split) if role.held else None for role, asset in pairs]
     hands = sample_hands(rng, cfg, stage, split, tools, [r.side for r in roles])
     long = length_m(stand(assets[0], {}, Stance((0, 0, 0), 0, 0, 0, opening_range(assets[0])[0])))
-    tips_m = [np.array(stance_of(t).tip_m) for t in tools if t]
+    tips_m = [tip_of(t) for t in tools if t]
     camera = free_camera(rng, cfg, family, split, long, stage.wound_m.mean(0), tips_m, hands)
     taken = [(0.0, 0.0, 0.09), *taken_by(t for t in tools if t)]
     for i in (i for i, tool in enumerate(tools) if tool is None):
