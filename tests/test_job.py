@@ -25,7 +25,7 @@ from surgpose.synth.render import render
 from surgpose.synth.workers import POOL, RECORDS
 
 N, SEED = 8, 5
-CFG = RenderConfig(images=N, width=96, height=72, samples=2, val_share=0.25)
+CFG = RenderConfig(images=N, width=96, height=72, samples=2, val_share=0.25, workers=1)
 FLAGS = ["--images", N, "--width", 96, "--height", 72, "--samples", 2, "--val-share", 0.25, "--seed", SEED,
          "--device", "cpu"]
 
@@ -105,8 +105,8 @@ def test_killed_three_times_and_gone_on(tmp_path, reference):
 
 
 def test_a_blender_that_is_killed_is_replaced(tmp_path, reference):
-    with command("--out", tmp_path / "out", *FLAGS) as process:
-        for count in (1, 3):
+    with command("--out", tmp_path / "out", *FLAGS, "--workers", 1) as process:
+        for count in (1, 3):  # no scene is hit twice
             wait_until(lambda n=count: len(drawn(tmp_path / "out")) >= n and offspring(process), process)
             for blender in offspring(process):
                 blender.send_signal(signal.SIGSEGV)
@@ -236,11 +236,11 @@ def test_too_many_scenes_that_fail_end_the_job(tmp_path, fake, capsys):
 
 
 def test_a_finished_folder_is_left_alone(tmp_path, fake, monkeypatch, capsys):
-    out = quick(tmp_path / "out", images=200, workers=2)
+    out = quick(tmp_path / "out", images=30, workers=2)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
     monkeypatch.setattr(workers, "COMMAND", ["a Blender that must not be started"])
     monkeypatch.setattr("surgpose.synth.render.draw_all", None)
-    assert quick(out, images=200) == out
+    assert quick(out, images=30) == out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
@@ -320,7 +320,7 @@ def test_labels_that_do_not_fit_on_the_disk_leave_the_old_ones(tmp_path, fake):
     out = quick(tmp_path / "out", images=4)
     labels = {n: (out / n).read_bytes() for n in ("coco_annotations.json", "scenes.jsonl", "manifest.json")}
     size = max(map(len, labels.values())) + 1000
-    flags = [str(60 if f == N else f) for f in FLAGS]
+    flags = [str(16 if f == N else f) for f in FLAGS]
     code = f"import sys; from surgpose.synth import workers; workers.COMMAND = {workers.COMMAND!r}; " \
            "from surgpose.cli import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code, "render", "--out", str(out), *flags], text=True,
@@ -328,7 +328,7 @@ def test_labels_that_do_not_fit_on_the_disk_leave_the_old_ones(tmp_path, fake):
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     assert done.returncode == 74 and "no space is left" in done.stderr, done.stderr
     assert {n: (out / n).read_bytes() for n in labels} == labels and check_manifest(out) == []
-    assert len(read_json(quick(out, images=60) / "manifest.json")["files"]) == 60 + 2
+    assert len(read_json(quick(out, images=16) / "manifest.json")["files"]) == 16 + 2
 
 
 # Memory

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from surgpose.synth.scene import sample_scene
 from surgpose.synth.tools import build_tool, sample_asset
 from surgpose.synth.workers import RECORDS
 
-CFG = RenderConfig(images=6, width=160, height=120, samples=3, val_share=0.34)
+CFG = RenderConfig(images=6, width=160, height=120, samples=3, val_share=0.34, workers=1)
 SEED = 3
 LABELS = ("coco_annotations.json", "scenes.jsonl")
 MIRROR = np.diag([-1.0, 1, 1, 1])
@@ -278,33 +276,11 @@ def test_parts_keep_their_types():
 # Same seed, same labels; whatever happens -------------------------------------------------------------------
 
 
-def test_two_workers_write_the_same_labels(dataset, tmp_path):
+def test_two_workers_write_the_same_bytes(dataset, tmp_path):
+    "Labels and images, whoever draws them, with however many threads, after whatever other scenes."
     cfg = CFG.model_copy(update=dict(workers=2, scenes_per_worker=2))
     other = render(tmp_path / "two", cfg, seed=SEED, device="cpu", progress=False)
-    for name in LABELS:
-        assert (other / name).read_bytes() == (dataset / name).read_bytes(), name
-
-
-def test_kill_minus_nine_and_go_on(dataset, tmp_path):
-    "What is finished stays, what is missing is drawn, and the labels are the same bytes."
-    out = tmp_path / "killed"
-    job = [sys.executable, "-c", RENDER, str(out), CFG.model_dump_json(), str(SEED)]
-    process = subprocess.Popen(job, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list((out / RECORDS).glob("0*.json"))) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "no two scenes in two minutes"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists() and not (out / "coco_annotations.json").exists()
-    images = [out / "images" / f"{record.stem}.jpg" for record in (out / RECORDS).glob("0*.json")]
-    kept = {p: p.stat().st_mtime_ns for p in images}
-    render(out, CFG, seed=SEED, device="cpu", progress=False)
-    assert all(p.stat().st_mtime_ns == then for p, then in kept.items()) and len(kept) >= 2
-    assert check_manifest(out) == []
-    got, expected = (read_json(folder / "manifest.json")["files"] for folder in (out, dataset))
-    assert {name: got[name] for name in LABELS} == {name: expected[name] for name in LABELS}
+    assert read_json(other / "manifest.json")["files"] == read_json(dataset / "manifest.json")["files"]
 
 
 def test_a_damaged_image_is_drawn_again(dataset, tmp_path):

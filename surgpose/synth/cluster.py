@@ -111,6 +111,7 @@ def remote_client(
     "Connect to a cluster that has workers."
     from distributed import Client
 
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what matters is said below
     start = f"start one with `dask scheduler`, and `dask worker {address}` on each machine"
     try: client = Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as e:
