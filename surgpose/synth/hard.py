@@ -15,8 +15,8 @@ from .soft import Hsv, cuff, cuff_parts, draw_colour, mound, mound_parts, of_spl
 from .solids import Part, band, block, circle, fill, rounded_outline, sheet, smooth_curve, tube, wall
 
 # %% auto #0
-__all__ = ['STRAPS', 'plate', 'plate_parts', 'strap', 'strap_parts', 'cable', 'thread', 'line_parts', 'tray', 'tray_parts', 'box',
-           'box_parts', 'trainer']
+__all__ = ['STRAPS', 'CABLES', 'THREADS', 'BOXES', 'plate', 'plate_parts', 'strap', 'strap_parts', 'cable', 'thread',
+           'line_parts', 'tray', 'tray_parts', 'box', 'box_parts', 'trainer']
 
 # %% ../../nbs/21r_hard.ipynb #c005
 def plate(
@@ -27,7 +27,8 @@ def plate(
     long, wide, thick = rng.uniform(0.22, 0.34), rng.uniform(0.10, 0.16), rng.uniform(0.003, 0.006)
     places = rng.uniform(0.22, 0.38) * long
     shape = dict(size_m=[float(long), float(wide), float(thick)], hooks_m=float(places), tab_m=float(rng.uniform(0.018, 0.028)),
-                 notch_m=float(rng.uniform(0.006, 0.011)), holes=int(rng.integers(0, 3)), bar=bool(rng.random() < 0.6), glares=int(rng.choice(3, p=[0.5, 0.3, 0.2])), seed=int(rng.integers(2**31)))
+                 notch_m=float(rng.uniform(0.006, 0.011)), holes=int(rng.integers(0, 3)), bar=bool(rng.random() < 0.6), glares=int(rng.choice(3, p=[0.5, 0.3, 0.2])),
+                 seed=int(rng.integers(2**31)))
     body, bright = rng.uniform(0.95, 1.12), rng.uniform(1.25, 2.2) if rng.random() < 0.7 else rng.uniform(0.35, 0.75)
     return Prop("plate", shape, np.eye(4), {"body": _clear(rng, body), "edge": _clear(rng, bright), "glare": _clear(rng, rng.uniform(1.15, 1.7))})
 
@@ -70,7 +71,7 @@ def _rim(outline_m: np.ndarray, z_m: float, wide_m: float) -> Part:
     rows = [np.column_stack([o, np.full(len(o), z)]) for o, z in ((outline_m + wide_m * out, z_m + 2e-4), (outline_m, z_m + 1e-4))]
     return sheet("edge", np.stack(rows[:: 1 if wide_m > 0 else -1]), closed=True)
 
-# %% ../../nbs/21r_hard.ipynb #c010
+# %% ../../nbs/21r_hard.ipynb #c012
 STRAPS: dict[str, tuple[Hsv, ...]] = {
     "train": (((0.015, 0.05), (0.75, 0.95), (0.75, 0.98)), ((-0.01, 0.01), (0.7, 0.9), (0.6, 0.9)), ((0.58, 0.62), (0.6, 0.9), (0.4, 0.8))),
     "val": (((0.06, 0.085), (0.7, 0.9), (0.7, 0.95)), ((0.64, 0.66), (0.5, 0.8), (0.4, 0.7))),
@@ -86,12 +87,13 @@ def strap(
     over_m: np.ndarray | None = None,  # (N, 2) y and z of what it runs over; nothing when absent
 ) -> Prop:
     "Draw a rubber strap across y, at x = 0."
-    shape = dict(span_m=float(span_m), low_m=float(low_m), over_m=[] if over_m is None else np.round(over_m, 5).tolist(), gap_m=float(rng.uniform(0.018, 0.036)),
-                 width_m=float(rng.uniform(0.006, 0.010)), thick_m=float(rng.uniform(0.0012, 0.002)), lug_m=float(rng.choice([0, rng.uniform(0.007, 0.013)], p=[0.35, 0.65])),
-                 lug_side=int(rng.choice([-1, 1])), skew_m=float(rng.normal(0, 0.005)), twist_rad=float(rng.choice([0, 0, np.pi])))
+    shape = dict(span_m=float(span_m), low_m=float(low_m), over_m=[] if over_m is None else np.round(over_m, 5).tolist(),
+                 gap_m=float(rng.uniform(0.018, 0.036)), skew_m=float(rng.normal(0, 0.005)), twist_rad=float(rng.choice([0, 0, np.pi])),
+                 width_m=float(rng.uniform(0.006, 0.010)), thick_m=float(rng.uniform(0.0012, 0.002)),
+                 lug_m=float(rng.choice([0, rng.uniform(0.007, 0.013)], p=[0.35, 0.65])), lug_side=int(rng.choice([-1, 1])))
     return Prop("strap", shape, np.eye(4), {"body": dict(colour=draw_colour(rng, *of_split(STRAPS, split)), roughness=float(rng.uniform(0.35, 0.7)))})
 
-# %% ../../nbs/21r_hard.ipynb #c011
+# %% ../../nbs/21r_hard.ipynb #c013
 def strap_parts(shape: dict) -> list[Part]:
     "Mesh a strap: two strands over the hull of what is below, joined at the hooks."
     half, gap = shape["span_m"] / 2, shape["gap_m"] / 2
@@ -116,7 +118,15 @@ def strap_parts(shape: dict) -> list[Part]:
         parts += [fill("body", lug, shape["low_m"] + 0.003), wall("body", lug, shape["low_m"] + 0.0015, shape["low_m"] + 0.003)]
     return parts
 
-# %% ../../nbs/21r_hard.ipynb #c013
+# %% ../../nbs/21r_hard.ipynb #c017
+CABLES: dict[str, tuple[Hsv, ...]] = {
+    "train": (((0.0, 1.0), (0.0, 0.15), (0.03, 0.75)),), "val": (((0.0, 1.0), (0.0, 0.15), (0.76, 0.85)),), "test": (((0.0, 1.0), (0.0, 0.15), (0.86, 0.95)),),
+}
+THREADS: dict[str, tuple[Hsv, ...]] = {
+    "train": (((0.6, 0.66), (0.5, 0.9), (0.1, 0.6)), ((0.0, 1.0), (0.0, 0.2), (0.02, 0.12))),
+    "val": (((0.70, 0.78), (0.5, 0.9), (0.2, 0.5)),), "test": (((0.45, 0.55), (0.5, 0.9), (0.15, 0.5)),),
+}
+
 def cable(
     rng: np.random.Generator,
     split: str = "train",
@@ -131,11 +141,10 @@ def cable(
         ends = 0.4 * np.array([[np.cos(t), np.sin(t)] for t in (a, b)])
         line = np.linspace(ends[0], ends[1], 6) + rng.normal(0, 0.03, (6, 2))
         points_m = np.column_stack([line, np.full(6, radius)])
-    values = {"train": (0.03, 0.75), "val": (0.76, 0.85), "test": (0.86, 0.95)}
-    colour = draw_colour(rng, ((0.0, 1.0), (0.0, 0.15), of_split(values, split)))
-    return Prop("cable", dict(points_m=np.round(points_m, 5).tolist(), radius_m=radius), np.eye(4), {"body": dict(colour=colour, roughness=float(rng.uniform(0.2, 0.6)))})
+    look = dict(colour=draw_colour(rng, *of_split(CABLES, split)), roughness=float(rng.uniform(0.2, 0.6)))
+    return Prop("cable", dict(points_m=np.round(points_m, 5).tolist(), radius_m=radius), np.eye(4), {"body": look})
 
-# %% ../../nbs/21r_hard.ipynb #c014
+# %% ../../nbs/21r_hard.ipynb #c018
 def thread(
     rng: np.random.Generator,
     split: str = "train",
@@ -146,18 +155,16 @@ def thread(
     if points_m is None:
         line = np.cumsum(rng.normal(0, 0.025, (7, 3)), 0) * (1, 1, 0.2)
         points_m = line - [*line[:, :2].mean(0), line[:, 2].min() - 0.0003]
-    colours = {"train": (((0.6, 0.66), (0.5, 0.9), (0.1, 0.6)), ((0.0, 1.0), (0.0, 0.2), (0.02, 0.12))),
-               "val": (((0.70, 0.78), (0.5, 0.9), (0.2, 0.5)),), "test": (((0.45, 0.55), (0.5, 0.9), (0.15, 0.5)),)}
     shape = dict(points_m=np.round(points_m, 5).tolist(), radius_m=float(rng.uniform(0.0001, 0.00022)))
-    return Prop("thread", shape, np.eye(4), {"body": dict(colour=draw_colour(rng, *of_split(colours, split)), roughness=0.4)})
+    return Prop("thread", shape, np.eye(4), {"body": dict(colour=draw_colour(rng, *of_split(THREADS, split)), roughness=0.4)})
 
-# %% ../../nbs/21r_hard.ipynb #c015
+# %% ../../nbs/21r_hard.ipynb #c019
 def line_parts(shape: dict) -> list[Part]:
     "Mesh a cable or a thread."
     sides, count = (4, 60) if shape["radius_m"] < 0.001 else (10, 80)
     return [tube("body", smooth_curve(shape["points_m"], count), shape["radius_m"], sides=sides)]
 
-# %% ../../nbs/21r_hard.ipynb #c017
+# %% ../../nbs/21r_hard.ipynb #c023
 def tray(
     rng: np.random.Generator,
     split: str = "train",
@@ -170,7 +177,7 @@ def tray(
     steel = dict(colour=tuple((rng.uniform(0.3, 0.5) * np.array([1, 1.01, 1.02])).round(4).tolist()), roughness=float(rng.uniform(0.2, 0.45)), metallic=1.0)
     return Prop("tray", dict(size_m=size, wire=wire, pitch_m=float(rng.uniform(0.008, 0.016))), np.eye(4), {"body": steel})
 
-# %% ../../nbs/21r_hard.ipynb #c018
+# %% ../../nbs/21r_hard.ipynb #c024
 def tray_parts(shape: dict) -> list[Part]:
     "Mesh a tray or a basket."
     (x, y, z), outline = shape["size_m"], rounded_outline(tuple(shape["size_m"][:2]), 0.015, 0.02)
@@ -184,25 +191,28 @@ def tray_parts(shape: dict) -> list[Part]:
             parts.append(tube("body", line[:, [0, 1, 2] if axis == 0 else [1, 0, 2]], 0.0007, sides=4))
     return parts
 
-# %% ../../nbs/21r_hard.ipynb #c019
+# %% ../../nbs/21r_hard.ipynb #c025
+BOXES: dict[str, tuple[Hsv, ...]] = {
+    "train": (((0.08, 0.11), (0.3, 0.55), (0.45, 0.8)), ((0.0, 1.0), (0.0, 0.1), (0.7, 0.95))),
+    "val": (((0.06, 0.075), (0.4, 0.6), (0.3, 0.6)),), "test": (((0.12, 0.15), (0.3, 0.6), (0.4, 0.7)),),
+}
+
 def box(
     rng: np.random.Generator,
     split: str = "train",
 ) -> Prop:
-    "Draw a box of wood, cardboard or plastic."
-    colours = {"train": (((0.08, 0.11), (0.3, 0.55), (0.45, 0.8)), ((0.0, 1.0), (0.0, 0.1), (0.7, 0.95))),
-               "val": (((0.06, 0.075), (0.4, 0.6), (0.3, 0.6)),), "test": (((0.12, 0.15), (0.3, 0.6), (0.4, 0.7)),)}
+    "Draw a box of wood or cardboard."
     size, of = [float(rng.uniform(*r)) for r in ((0.12, 0.30), (0.08, 0.2), (0.02, 0.08))], str(rng.choice(["wood", "cardboard"]))
-    look = dict(colour=draw_colour(rng, *of_split(colours, split)), roughness=float(rng.uniform(0.4, 0.8)), texture=of, side_px=256,
+    look = dict(colour=draw_colour(rng, *of_split(BOXES, split)), roughness=float(rng.uniform(0.4, 0.8)), texture=of, side_px=256,
                 seed=int(rng.integers(2**31)), paint=dict(prints=int(rng.integers(0, 4))))
     return Prop("box", dict(size_m=size), np.eye(4), {"body": look})
 
-# %% ../../nbs/21r_hard.ipynb #c020
+# %% ../../nbs/21r_hard.ipynb #c026
 def box_parts(shape: dict) -> list[Part]:
     "Mesh a box."
     return [block("body", tuple(shape["size_m"]))]
 
-# %% ../../nbs/21r_hard.ipynb #c022
+# %% ../../nbs/21r_hard.ipynb #c030
 def trainer(
     rng: np.random.Generator,
     split: str = "train",

@@ -31,7 +31,7 @@ def _sample_ringed(rng: np.random.Generator, split: str, kind: str) -> dict[str,
     bend = small(0.08, 0.22) if kind == "clamp" else small(0.05, 0.15) * (rng.random() < 0.35)
     p = dict(length_mm=length, front_mm=front * length, width_mm=small(6, 10), tip_mm=small(0.8, 3.5) if kind == "scissors" else small(0.9, 1.5),
              thick_mm=small(1.2, 1.9), shank_mm=small(3.2, 5.0), shank_height_mm=small(2.4, 3.2), ring_length_mm=small(24, 32), ring_width_mm=small(18, 24),
-             wire_mm=small(2.6, 3.8), gap_mm=small(1, 10), tilt_deg=small(5, 30), bend_mm=bend * front * length, open_deg=small(0, 1) ** 2 * (30 if kind == "scissors" else 15))
+             wire_mm=small(2.6, 3.8), gap_mm=small(0.5, 5), tilt_deg=small(4, 24), bend_mm=bend * front * length, open_deg=small(0, 1) ** 2 * (30 if kind == "scissors" else 15))
     return {k: round(float(v), 3) for k, v in p.items()}
 
 # %% ../../nbs/21i_instruments.ipynb #c006
@@ -43,11 +43,11 @@ def _ringed_half(p: dict[str, Any], scissors: bool) -> list[trimesh.Trimesh]:
     centre = np.array([end_x + reach[0], -p["gap_mm"] / 2 - reach[1], 0])
     t = np.arange(40)[:, None] / 40 * 2 * np.pi
     ring = sweep(centre + a * np.cos(t) * back + b * np.sin(t) * inner, p["wire_mm"], 0.9 * p["wire_mm"], squareness=2.2, sides=10, closed=True)
-    joint, front = centre - a * np.cos(0.7) * back + b * np.sin(0.7) * inner, p["front_mm"]
+    joint, front = centre - a * np.cos(1.1) * back + b * np.sin(1.1) * inner, p["front_mm"]
     x = stations(joint[0], front, 3, (0.5, max(0.6, 0.8 * p["tip_mm"])), (-8, -6, -4, 4, 6, 8))
     wide = profile(x, {joint[0]: p["shank_mm"], -14: 1.1 * p["shank_mm"], 0: p["width_mm"], 0.12 * front: 0.62 * p["width_mm"],
                        (0.85 if scissors else 0.5) * front: (0.62 if scissors else 0.35) * p["width_mm"], front: p["tip_mm"]})
-    y = profile(x, {joint[0]: joint[1], 0.55 * joint[0]: 0.62 * joint[1], -10: -0.25 * p["width_mm"], 0: 0, 8: 1, front: 1}) * (x < 0)
+    y = profile(x, {joint[0]: joint[1], 0.5 * joint[0]: 0.7 * joint[1], -10: -0.25 * p["width_mm"], 0: 0, 8: 1, front: 1}) * (x < 0)
     y += np.where(x > 0, np.clip(x / 9, 0, 1) * (wide / 2 - (0.5 if scissors else -0.05)), 0)
     high = profile(x, {joint[0]: p["shank_height_mm"], -10: p["shank_height_mm"], 0: p["thick_mm"] * 1.2, front: p["thick_mm"] * (0.8 if scissors else 0.7)})
     z = p["bend_mm"] * np.clip(x / front, 0, 1) ** 2 + (np.clip((x + 12) / 12, 0, 1) * 0.5 * p["thick_mm"] if scissors else 0)
@@ -60,19 +60,18 @@ def _ringed(p: dict[str, Any], scissors: bool) -> list[trimesh.Trimesh]:
     meshes = []
     for side in (1, -1):
         turn = rotation_matrix(side * np.radians(p["open_deg"]) / 2, [0, 0, 1]) @ np.diag([1.0, side, 1, 1])
-        for mesh in _ringed_half(p | dict(thick_mm=p["thick_mm"]), scissors):
-            if scissors and side < 0: mesh.vertices[:, 2] -= p["thick_mm"] * np.clip((mesh.vertices[:, 0] + 12) / 12, 0, 1)
+        for mesh in _ringed_half(p, scissors):
+            if scissors and side < 0: mesh.vertices[:, 2] -= p["thick_mm"] * np.clip((mesh.vertices[:, 0] + 12) / 12, 0, 1)  # the lower blade
             meshes.append(mesh.apply_transform(turn))
-    pin = trimesh.creation.cylinder(0.22 * p["width_mm"], 2.6 * p["thick_mm"], sections=20)
-    return [*meshes, pin]
+    return [*meshes, trimesh.creation.cylinder(0.22 * p["width_mm"], 2.6 * p["thick_mm"], sections=20)]
 
-# %% ../../nbs/21i_instruments.ipynb #c009
+# %% ../../nbs/21i_instruments.ipynb #c011
 def _sample_bar(rng: np.random.Generator, split: str, kind: str) -> dict[str, Any]:
     length = rng.uniform(*LENGTHS[split])
     p = dict(length_mm=length, width_mm=rng.uniform(5, 9), thick_mm=rng.uniform(2, 4), front_mm=rng.uniform(22, 40), bend_mm=rng.uniform(10, 25), prongs=float(rng.integers(1, 4)))
     return {k: round(float(v), 3) for k, v in p.items()}
 
-# %% ../../nbs/21i_instruments.ipynb #c010
+# %% ../../nbs/21i_instruments.ipynb #c012
 def _scalpel(p: dict[str, Any]) -> list[trimesh.Trimesh]:
     n, w, f = p["length_mm"], p["width_mm"], p["front_mm"]
     x = stations(f - n, 4, 3, (3, 2))
@@ -83,7 +82,7 @@ def _scalpel(p: dict[str, Any]) -> list[trimesh.Trimesh]:
     blade = sweep(np.stack([x, 0.42 * w - wide / 2, 0 * x], -1), wide, 0.5 * dome(x, 1) * dome(f - x, 1), across=(0, 1, 0), squareness=3, sides=10)
     return [handle, blade]
 
-# %% ../../nbs/21i_instruments.ipynb #c011
+# %% ../../nbs/21i_instruments.ipynb #c013
 def _retractor(p: dict[str, Any]) -> list[trimesh.Trimesh]:
     n, w, f = p["length_mm"], p["width_mm"], p["front_mm"]
     x = stations(f - n, 0, 3, (4, 1))
@@ -96,7 +95,7 @@ def _retractor(p: dict[str, Any]) -> list[trimesh.Trimesh]:
         meshes.append(sweep(bow, size, size, squareness=2.2, sides=8))
     return meshes
 
-# %% ../../nbs/21i_instruments.ipynb #c013
+# %% ../../nbs/21i_instruments.ipynb #c017
 def guess_unit_m(
     length: float,  # longest extent in the file's unit
     where: str,  # the file, for the error
@@ -106,16 +105,16 @@ def guess_unit_m(
         if 0.08 <= length * unit <= 0.35: return unit
     raise ValueError(f"{where}: expected an instrument of 8 to 35 cm in m, cm or mm, got a longest extent of {length:g}; scale it")
 
-# %% ../../nbs/21i_instruments.ipynb #c016
+# %% ../../nbs/21i_instruments.ipynb #c020
 def _from_file(shape: dict) -> list[trimesh.Trimesh]:
     obj = read_obj(shape["path"])
     points = np.concatenate([m.vertices for m in obj.parts.values()])
     middle, spread = points.mean(0), np.linalg.svd(points - points.mean(0), full_matrices=False)[2]
-    R = np.stack([spread[0], spread[1], np.cross(spread[0], spread[1])])
+    R = np.stack([spread[0], spread[1], np.cross(spread[0], spread[1])])  # longest along x, thinnest upwards
     unit = guess_unit_m(float(np.ptp(points @ R.T, axis=0).max()), shape["path"]) * 1e3
     return [trimesh.Trimesh((m.vertices - middle) @ R.T * unit, m.faces, process=False) for m in obj.parts.values()]
 
-# %% ../../nbs/21i_instruments.ipynb #c017
+# %% ../../nbs/21i_instruments.ipynb #c021
 def instrument_parts(shape: dict) -> list[Part]:
     "Mesh an instrument, its lowest point on the table."
     make = {"scissors": lambda: _ringed(shape, True), "clamp": lambda: _ringed(shape, False), "scalpel": lambda: _scalpel(shape),
@@ -124,7 +123,7 @@ def instrument_parts(shape: dict) -> list[Part]:
     low = min(m.vertices[:, 2].min() for m in meshes)
     return [Part("steel", (m.vertices - [0, 0, low]) * 1e-3, np.asarray(m.faces)) for m in meshes]
 
-# %% ../../nbs/21i_instruments.ipynb #c018
+# %% ../../nbs/21i_instruments.ipynb #c022
 FORMS = {"scissors": 0.55, "clamp": 0.2, "scalpel": 0.12, "retractor": 0.13}
 
 def instrument(
@@ -139,13 +138,13 @@ def instrument(
     sample = _sample_ringed if form in ("scissors", "clamp") else _sample_bar
     return Prop(form, dict(form=form) | sample(rng, split, form), np.eye(4), {"steel": _steel(rng, (0.1, 0.4))})
 
-# %% ../../nbs/21i_instruments.ipynb #c019
+# %% ../../nbs/21i_instruments.ipynb #c023
 def _steel(rng: np.random.Generator, roughness: tuple[float, float]) -> dict:
     grey = rng.uniform(0.45, 0.75) * (1 + rng.normal(0, 0.02, 3))
     return dict(colour=tuple(grey.round(4).tolist()), roughness=round(float(rng.uniform(*roughness)), 3), metallic=1.0,
                 brushed=round(float(rng.uniform(0, 1)), 3), seed=int(rng.integers(2**31)))
 
-# %% ../../nbs/21i_instruments.ipynb #c020
+# %% ../../nbs/21i_instruments.ipynb #c024
 def sample_distractor(
     rng: np.random.Generator,
     cfg: RenderConfig,
@@ -153,8 +152,8 @@ def sample_distractor(
 ) -> Prop:  # at the origin, lying flat
     "Draw an unlabelled instrument: a file of `distractors_dir`, or a parametric one."
     if cfg.distractors_dir is None: return instrument(rng, split)
-    files = sorted(Path(cfg.distractors_dir).glob("*.obj"))
-    if not files: raise FileNotFoundError(f"{cfg.distractors_dir}: expected *.obj instruments, found none")
+    files = sorted(p for p in Path(cfg.distractors_dir).glob("*.obj") if not p.with_name(f"{p.stem}_kps.json").exists())
+    if not files: raise FileNotFoundError(f"{cfg.distractors_dir}: expected *.obj instruments without a sidecar, found none")
     mine = own_share(files, split, cfg.val_share)
     path = mine[rng.integers(len(mine))]
     return Prop("instrument", dict(form="obj", path=str(path)), np.eye(4), {"steel": _steel(rng, cfg.roughness)})

@@ -13,9 +13,9 @@ from .parts import Prop
 from .solids import Part, sheet
 
 # %% auto #0
-__all__ = ['Hsv', 'DRAPES', 'SKIN', 'CLOTH_M', 'BLOOD', 'draw_colour', 'of_split', 'drape', 'cloth_relief', 'drape_parts',
-           'mound', 'mound_points', 'mound_parts', 'wound_points', 'cuff', 'cuff_parts', 'gauze', 'gauze_parts',
-           'blood', 'blood_parts']
+__all__ = ['Hsv', 'DRAPES', 'SKIN', 'CLOTH_M', 'BLOOD', 'draw_colour', 'apart', 'of_split', 'drape', 'cloth_relief',
+           'drape_parts', 'mound', 'mound_points', 'mound_parts', 'wound_points', 'cuff', 'cuff_parts', 'gauze',
+           'gauze_parts', 'blood', 'blood_parts']
 
 # %% ../../nbs/21q_soft.ipynb #c005
 Hsv = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
@@ -30,10 +30,20 @@ def draw_colour(
     return tuple(np.round(coded.astype(float) ** 2.2, 5).tolist())
 
 # %% ../../nbs/21q_soft.ipynb #c007
+def apart(
+    a: Hsv,
+    b: Hsv,
+) -> bool:
+    "Tell whether two ranges of colours share none."
+    hue = min(abs(x - y + turn) for x in a[0] for y in b[0] for turn in (-1, 0, 1))
+    inside = any(low <= x + turn <= high for (low, high), other in ((a[0], b[0]), (b[0], a[0])) for x in other for turn in (-1, 0, 1))
+    return (hue > 0 and not inside) or any(p[1] <= q[0] or q[1] <= p[0] for p, q in zip(a[1:], b[1:], strict=True))
+
+# %% ../../nbs/21q_soft.ipynb #c009
 DRAPES: dict[str, dict[str, Hsv]] = {  # split -> look -> hue, saturation, value
     "train": {"green": ((0.425, 0.475), (0.28, 0.60), (0.48, 0.74)), "mint": ((0.36, 0.44), (0.15, 0.35), (0.70, 0.90)),
               "blue": ((0.55, 0.60), (0.35, 0.75), (0.45, 0.80)), "gown": ((0.58, 0.64), (0.45, 0.80), (0.12, 0.40))},
-    "val": {"green": ((0.48, 0.50), (0.40, 0.65), (0.35, 0.70)), "mint": ((0.45, 0.48), (0.10, 0.30), (0.65, 0.85)),
+    "val": {"green": ((0.48, 0.50), (0.40, 0.65), (0.35, 0.70)), "mint": ((0.45, 0.48), (0.10, 0.28), (0.65, 0.85)),
             "blue": ((0.61, 0.63), (0.35, 0.70), (0.45, 0.80)), "gown": ((0.655, 0.68), (0.45, 0.75), (0.15, 0.35))},
     "test": {"green": ((0.34, 0.38), (0.40, 0.65), (0.35, 0.65)), "mint": ((0.51, 0.535), (0.10, 0.30), (0.65, 0.85)),
              "blue": ((0.64, 0.66), (0.30, 0.60), (0.50, 0.80)), "gown": ((0.50, 0.54), (0.45, 0.75), (0.12, 0.32))},
@@ -49,7 +59,7 @@ def of_split(
     if split not in table: raise ValueError(f"split: expected one of {', '.join(table)}, got {split!r}")
     return table[split]
 
-# %% ../../nbs/21q_soft.ipynb #c010
+# %% ../../nbs/21q_soft.ipynb #c012
 CLOTH_M = 0.5  # what one side of the cloth's texture stands for
 
 def _woven(rng: np.random.Generator, colour: tuple[float, float, float], roughness: float, size_m: float = CLOTH_M) -> dict:
@@ -75,7 +85,7 @@ def drape(
     return Prop("drape", {k: float(v) if isinstance(v, np.floating) else v for k, v in shape.items()}, np.eye(4),
                 {"body": _woven(rng, colour, float(rng.uniform(0.45, 0.95)))})
 
-# %% ../../nbs/21q_soft.ipynb #c011
+# %% ../../nbs/21q_soft.ipynb #c013
 def cloth_relief(
     shape: dict,  # of a drape
     side_px: int = 420,
@@ -95,7 +105,7 @@ def cloth_relief(
         relief += rng.choice([-1, 1]) * shape["lines_m"] * np.clip(1 - np.abs(along) / 0.006, 0, 1)
     return relief
 
-# %% ../../nbs/21q_soft.ipynb #c013
+# %% ../../nbs/21q_soft.ipynb #c015
 def drape_parts(shape: dict) -> list[Part]:
     "Mesh a drape."
     s, relief = np.linspace(-1, 1, shape["cells"] + 1), cloth_relief(shape)
@@ -107,7 +117,7 @@ def drape_parts(shape: dict) -> list[Part]:
     z = z - np.percentile(z[near], 98) + shape.get("heap_m", 0.0) * (1 - (2 * np.maximum(np.abs(x), np.abs(y)) / shape["size_m"]) ** 4)
     return [sheet("body", np.stack([x, y, z], -1), uv=np.stack([x, y], -1) / CLOTH_M + 0.5)]
 
-# %% ../../nbs/21q_soft.ipynb #c015
+# %% ../../nbs/21q_soft.ipynb #c018
 def mound(
     rng: np.random.Generator,
     split: str = "train",
@@ -126,19 +136,19 @@ def mound(
                  power=2.0 if leg else rng.uniform(2.2, 4.0), taper=rng.uniform(-0.3, 0.3) if leg else 0.0,
                  bend_m=rng.normal(0, 0.012) if leg else 0.0, bumps=rng.uniform(0, 0.05), round=rng.uniform(0.03, 0.1) if leg else rng.uniform(0.1, 0.3),
                  wound=[[middle[0] - half, middle[1] - tilt], [middle[0] + half, middle[1] + tilt]] if wound else None,
-                 slit_m=rng.uniform(0.0005, 0.002), seed=int(rng.integers(2**31)))
+                 seed=int(rng.integers(2**31)))
     paint = dict(pen=bool(rng.random() < 0.6), stitches=int(rng.integers(0, 7)), gape_mm=rng.choice([0.3, rng.uniform(0.5, 4)]),
                  scars=int(rng.choice(3, p=[0.6, 0.3, 0.1])), blood=rng.choice([0, 0, rng.uniform(0.005, 0.05)]))
     skin = dict(colour=draw_colour(rng, of_split(SKIN, split)), roughness=rng.uniform(0.35, 0.6), specular=rng.uniform(0.15, 0.45),
                 texture="skin_marked", seed=int(rng.integers(2**31)), bump=rng.uniform(0.1, 0.4), paint=paint)
     return Prop("mound", _plain(shape), np.eye(4), {"body": _plain(skin)})
 
-# %% ../../nbs/21q_soft.ipynb #c016
+# %% ../../nbs/21q_soft.ipynb #c019
 def _plain(value: dict) -> dict:
     if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
     return round(float(value), 6) if isinstance(value, float | np.floating) else value
 
-# %% ../../nbs/21q_soft.ipynb #c017
+# %% ../../nbs/21q_soft.ipynb #c020
 def mound_points(
     shape: dict,  # of a mound
     u: np.ndarray | float,  # 0..1 along
@@ -162,7 +172,7 @@ def mound_points(
     z = base * size + ((shape["height_m"] - base) * size + grow_m) * rise
     return np.stack([x, y, np.maximum(z, 0)], -1)
 
-# %% ../../nbs/21q_soft.ipynb #c018
+# %% ../../nbs/21q_soft.ipynb #c021
 def mound_parts(shape: dict) -> list[Part]:
     "Mesh a mound."
     u, v = np.meshgrid(np.linspace(0, 1, 97), np.linspace(0, 1, 65))
@@ -172,7 +182,7 @@ def mound_parts(shape: dict) -> list[Part]:
     uv = (np.stack([u, v], -1) - 0.5) * squeeze + 0.5
     return [sheet("body", mound_points(shape, u, v), uv=uv, paint=dict(size_m=shape["length_m"], wound=wound))]
 
-# %% ../../nbs/21q_soft.ipynb #c019
+# %% ../../nbs/21q_soft.ipynb #c022
 def wound_points(
     prop: Prop,  # a mound with a wound
     count: int = 5,
@@ -181,7 +191,7 @@ def wound_points(
     line = np.linspace(*np.array(prop.shape["wound"]), count)
     return mound_points(prop.shape, line[:, 0], line[:, 1]) @ prop.T_world_prop[:3, :3].T + prop.T_world_prop[:3, 3]
 
-# %% ../../nbs/21q_soft.ipynb #c022
+# %% ../../nbs/21q_soft.ipynb #c026
 def cuff(
     rng: np.random.Generator,
     split: str = "train",
@@ -198,7 +208,7 @@ def cuff(
                  loose_m=float(rng.uniform(0.001, 0.004)), seed=int(rng.integers(2**31)))
     return Prop("cuff", shape, leg.T_world_prop, {"body": _woven(rng, colour, 0.85, CLOTH_M / 2)})
 
-# %% ../../nbs/21q_soft.ipynb #c023
+# %% ../../nbs/21q_soft.ipynb #c027
 def cuff_parts(shape: dict) -> list[Part]:
     "Mesh a cuff."
     rng = np.random.default_rng(shape["seed"])
@@ -215,7 +225,7 @@ def cuff_parts(shape: dict) -> list[Part]:
     uv = np.stack([s * shape["leg"]["length_m"] * shape["cover"], v * 2.2 * shape["leg"]["width_m"]], -1) * 2 / CLOTH_M
     return [sheet("body", *((grid,) if shape["end"] < 0 else (grid[:, ::-1],)), uv=uv if shape["end"] < 0 else uv[:, ::-1])]
 
-# %% ../../nbs/21q_soft.ipynb #c024
+# %% ../../nbs/21q_soft.ipynb #c028
 def gauze(
     rng: np.random.Generator,
     split: str = "train",
@@ -230,7 +240,7 @@ def gauze(
                  side_px=256, seed=int(rng.integers(2**31)), bump=0.5, paint=dict(blood=round(bloody, 3)))
     return Prop("gauze", shape, np.eye(4), {"body": white})
 
-# %% ../../nbs/21q_soft.ipynb #c025
+# %% ../../nbs/21q_soft.ipynb #c029
 def gauze_parts(shape: dict) -> list[Part]:
     "Mesh a swab."
     rng, n = np.random.default_rng(shape["seed"]), 40
@@ -239,11 +249,11 @@ def gauze_parts(shape: dict) -> list[Part]:
     wobble = 1 + 0.2 * (fractal_noise(rng, n, n, 3, 2) - 0.5)
     x, y = (a * s / 2 * wobble for a, s in zip((u, v), shape["size_m"], strict=True))
     turn = rng.uniform(0, np.pi)
-    doubled = 0.25 * (np.cos(turn) * u + np.sin(turn) * v > rng.uniform(-0.5, 0.5))  # folded over
+    doubled = 0.25 * np.clip(9 * (np.cos(turn) * u + np.sin(turn) * v - rng.uniform(-0.5, 0.5)), 0, 1)  # folded over
     z = shape["height_m"] * (0.25 + doubled + 0.8 * fractal_noise(rng, n, n, 5, 4)) * np.sqrt(np.clip(1 - away**8, 0, 1))
     return [sheet("body", np.stack([x, y, z], -1), paint=dict(size_m=max(shape["size_m"])))]
 
-# %% ../../nbs/21q_soft.ipynb #c026
+# %% ../../nbs/21q_soft.ipynb #c030
 BLOOD = (0.12, 0.003, 0.003)  # linear RGB; the same in every split
 
 def blood(
@@ -259,7 +269,7 @@ def blood(
     wet = dict(colour=tuple((np.array(BLOOD) * rng.uniform(0.6, 1.6)).round(5).tolist()), roughness=0.25, specular=0.35, alpha=0.92)
     return Prop("blood", shape, over.T_world_prop if over else np.eye(4), {"body": wet})
 
-# %% ../../nbs/21q_soft.ipynb #c027
+# %% ../../nbs/21q_soft.ipynb #c031
 def _pool(rng: np.random.Generator, size_m: list[float]) -> np.ndarray:
     turn, reach = np.meshgrid(np.linspace(0, 2 * np.pi, 73), np.linspace(0, 1, 9))
     ripple = sum(rng.normal(0, 0.22 / k**0.5) * np.sin(k * turn + rng.uniform(0, 6.28)) for k in range(2, 7))
@@ -277,7 +287,7 @@ def blood_parts(shape: dict) -> list[Part]:
     if shape["over"]: pools = [_draped(shape["over"], pool) for pool in pools]
     return [sheet("body", pool) for pool in pools]
 
-# %% ../../nbs/21q_soft.ipynb #c028
+# %% ../../nbs/21q_soft.ipynb #c032
 def _draped(leg: dict, pool: np.ndarray) -> np.ndarray:
     (a, b), x, y = np.array(leg["wound"]), pool[..., 0], pool[..., 1]
     u, v = np.clip((a[0] + b[0]) / 2 + x / leg["length_m"], 0.02, 0.98), np.clip((a[1] + b[1]) / 2 + y / (1.6 * leg["width_m"]), 0.02, 0.98)

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 from scipy.spatial import Delaunay
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # %% auto #0
 __all__ = ['Part', 'sheet', 'smooth_curve', 'carried_frames', 'tube', 'band', 'is_inside', 'fill', 'wall', 'circle',
-           'rounded_outline', 'block', 'merged']
+           'rounded_outline', 'block', 'merged', 'draw_from_above']
 
 # %% ../../nbs/21p_solids.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -215,3 +219,22 @@ def merged(
 # %% ../../nbs/21p_solids.ipynb #c037
 def _triangles(faces: np.ndarray) -> np.ndarray:
     return faces if faces.shape[1] == 3 else np.vstack([faces[:, [0, 1, 2]], faces[:, [0, 2, 3]]])
+
+# %% ../../nbs/21p_solids.ipynb #c041
+def draw_from_above(
+    ax: Axes,
+    parts: list[Part],
+    colours: dict[str, tuple[float, float, float]],  # role -> RGB in 0..1
+) -> None:
+    "Draw parts as seen from above, in mm."
+    from matplotlib.collections import PolyCollection
+
+    corners = np.concatenate([p.vertices_m[_triangles(p.faces)] for p in parts]) * 1e3
+    colour = np.concatenate([np.tile(colours[p.role], (len(_triangles(p.faces)), 1)) for p in parts])
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    light = 0.3 + 0.7 * np.abs(normals @ [-0.5, 0.4, 0.77])
+    order = np.argsort(corners[..., 2].mean(1))
+    shown = np.clip(colour * light[:, None], 0, 1)[order]
+    ax.add_collection(PolyCollection(corners[order][..., :2], facecolors=shown, edgecolors=shown, linewidths=0.2))
+    ax.autoscale_view(); ax.set_aspect("equal")
