@@ -7,48 +7,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import EvaluateConfig, PredictConfig
 from .files import read_json, write_json
 from .page import format_number
-
-if TYPE_CHECKING:
-    from surgpose.data.cvat import TipTracks
-    from surgpose.data.video import VideoInfo
+from .pose.truth import find_truth as find_truth
+from .pose.truth import read_truth as read_truth
 
 # %% auto #0
-__all__ = ['MEASURES', 'TIP_MEASURES', 'find_truth', 'read_truth', 'labelled_metrics', 'tip_rows', 'metric_rows', 'compare_runs',
-           'compare_verdict']
+__all__ = ['MEASURES', 'TIP_MEASURES', 'labelled_metrics', 'tip_rows', 'metric_rows', 'compare_runs', 'compare_verdict']
 
 # %% ../nbs/90b_measure.ipynb #c005
-def find_truth(
-    video: Path,
-) -> Path | None:  # a COCO JSON or CVAT XML; nothing when the video has no labels
-    "Look for a video's labels beside it."
-    beside = (video.with_name(f"{video.stem}_coco.json"), video.with_suffix(".xml"))
-    return next((p for p in beside if p.is_file()), None)
-
-# %% ../nbs/90b_measure.ipynb #c006
-def read_truth(
-    path: Path,  # COCO JSON or CVAT XML
-    info: VideoInfo | None = None,  # the video they belong to
-) -> dict | TipTracks:
-    "Read a video's labels, and see that they are of its size."
-    from surgpose.data.coco import read_coco
-    from surgpose.data.cvat import read_cvat_tips
-    if path.suffix.lower() == ".xml":
-        truth = read_cvat_tips(path)
-        size = truth.width, truth.height
-    else:
-        truth = read_coco(path)
-        size = next(((im["width"], im["height"]) for im in truth["images"]), (0, 0))
-    if info and size != (info.width, info.height):
-        raise ValueError(f"{path}: expected labels for {info.width}x{info.height} px like {info.path.name}, "
-                         f"got {size[0]}x{size[1]} px; are they of another video?")
-    return truth
-
-# %% ../nbs/90b_measure.ipynb #c010
 def labelled_metrics(
     weights: Path,  # checkpoint
     video: Path,
@@ -65,14 +35,14 @@ def labelled_metrics(
     rows = [(f, poses) for f, _, poses in predict_frames(weights, frames, cfg, device=device)]
     return metrics(*match_frames(predictions_dict(rows), truth), cfg)
 
-# %% ../nbs/90b_measure.ipynb #c012
+# %% ../nbs/90b_measure.ipynb #c007
 MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2",
             "box.AP50": "box AP50", "pck.0.05.value": "keypoints within 5 % of the box diagonal",
             "pixel.tip.median_px": "median tip error, px", "n_found": "detections"}
 TIP_MEASURES = {"within": "tip within 5 % of the diagonal", "found": "tips found",
                 "median_share": "median tip error, share of the diagonal"}
 
-# %% ../nbs/90b_measure.ipynb #c013
+# %% ../nbs/90b_measure.ipynb #c008
 def tip_rows(
     before: dict[str, dict],  # as `tip_errors` leaves them: class -> n, found, median_share, within
     after: dict[str, dict],
@@ -82,7 +52,7 @@ def tip_rows(
                  after.get(tool, {}).get(key), _ends(after.get(tool) or before[tool], key))
             for key, label in TIP_MEASURES.items() for tool in before]
 
-# %% ../nbs/90b_measure.ipynb #c014
+# %% ../nbs/90b_measure.ipynb #c009
 def metric_rows(
     before: dict,  # as in metrics.json
     after: dict,
@@ -92,7 +62,7 @@ def metric_rows(
     old, new = flat_numbers(before), flat_numbers(after)
     return [_row(label, old[key], new.get(key), _ends(new or old, key)) for key, label in MEASURES.items() if key in old]
 
-# %% ../nbs/90b_measure.ipynb #c015
+# %% ../nbs/90b_measure.ipynb #c010
 def _row(metric: str, before: Any, after: Any, ends: tuple = (None, None)) -> dict:
     known = before is not None and after is not None
     return dict(metric=metric, before=before, after=after, delta=after - before if known else None, low=ends[0], high=ends[1])
@@ -101,7 +71,7 @@ def _ends(numbers: dict, key: str) -> tuple[float | None, float | None]:
     stem = key.removesuffix("value") if key.endswith(".value") else f"{key}_"
     return numbers.get(f"{stem}low"), numbers.get(f"{stem}high")
 
-# %% ../nbs/90b_measure.ipynb #c019
+# %% ../nbs/90b_measure.ipynb #c014
 def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: str) -> dict:
     from surgpose.files import hash_data
     from surgpose.pose.evaluate import evaluate, load_truth
@@ -112,7 +82,7 @@ def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: st
     if wanted.items() <= facts.get("provenance", {}).items(): return facts
     return evaluate(weights, data, out, cfg, device=device)
 
-# %% ../nbs/90b_measure.ipynb #c020
+# %% ../nbs/90b_measure.ipynb #c015
 def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: str) -> dict:
     from surgpose.pose.model import model_sha
     from surgpose.pose.predict import predict
@@ -122,7 +92,7 @@ def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: st
     predict(video, out, cfg, weights=weights, device=device)
     return read_json(path)
 
-# %% ../nbs/90b_measure.ipynb #c021
+# %% ../nbs/90b_measure.ipynb #c016
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
                    truth: Path | None, seen: list[dict], same: bool, device: str) -> list[dict]:
     from surgpose.pose.evaluate import tip_errors
@@ -141,7 +111,7 @@ def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path 
         add("tip tracks", "tips", sum(t["n"] for t in old.values()), tip_rows(old, new))
     return sets
 
-# %% ../nbs/90b_measure.ipynb #c022
+# %% ../nbs/90b_measure.ipynb #c017
 def compare_runs(
     before: Path,  # run folder of a trained network
     after: Path,  # run folder of another; a refinement without weights went on with `before`
@@ -173,13 +143,13 @@ def compare_runs(
     write_json(out / "compare.json", found)
     return found
 
-# %% ../nbs/90b_measure.ipynb #c023
+# %% ../nbs/90b_measure.ipynb #c018
 def _jitter(predictions: Path) -> float | None:
     from surgpose.pose.compare import jitter_px
     value = jitter_px(predictions)
     return value if math.isfinite(value) else None
 
-# %% ../nbs/90b_measure.ipynb #c024
+# %% ../nbs/90b_measure.ipynb #c019
 def compare_verdict(
     sets: list[dict],  # as in compare.json
     reason: str = "",  # why the gate decided as it did

@@ -13,7 +13,7 @@ from typing import Any
 from .config import PredictConfig, PseudoConfig, RunConfig, TrackConfig, TrainConfig, project_root
 from .engine import Job, Phase, run_phases, select_phases
 from .files import read_json, write_json
-from .measure import compare_runs, find_truth, read_truth
+from .measure import compare_runs
 from .report import run_report
 
 # %% auto #0
@@ -161,7 +161,7 @@ PHASES: tuple[Phase, ...] = (
           sections=("train", "also_train", "seed"), inputs=_starting_weights, clears=("teacher", "also"),
           code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train")),
     Phase("evaluate", evaluate_phase, needs=("render", "train"), makes=("teacher/metrics.json",),
-          sections=("evaluate",), code=(*_GROUND, "pose/evaluate", "pose/judge", "pose/predict")),
+          sections=("evaluate",), code=(*_GROUND, "pose/evaluate", "pose/judge", "pose/mistakes", "pose/predict", "pose/truth")),
     Phase("predict", predict_phase, needs=("train",), makes=("predictions/predictions.json",), sections=("predict",),
           inputs=lambda job: (job.video,), clears=("predictions",),
           code=(*_GROUND, "data/draw", "data/video", "data/packets", "pose/predict")),
@@ -193,6 +193,7 @@ def make_job(
     from surgpose.pose.model import find_weights, resolve_device
     video = Path(video) if video else project_root() / "data" / "sample" / "clip.mp4"
     info = video_info(video)
+    from surgpose.pose.truth import find_truth, read_truth
     truth = Path(truth) if truth else find_truth(video)
     if truth: read_truth(truth, info)
     if weights_init:

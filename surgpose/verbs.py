@@ -17,7 +17,7 @@ from .config import (EvaluateConfig, PredictConfig, PseudoConfig, RefineConfig, 
                              videos_from_environment)
 
 # %% auto #0
-__all__ = ['Out', 'Settings', 'Flat', 'VERBS', 'UsageError', 'as_usage', 'Verb', 'Render', 'Stats', 'Train', 'Evaluate',
+__all__ = ['Out', 'Settings', 'Flat', 'VERBS', 'UsageError', 'as_usage', 'Verb', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs',
            'Predict', 'Pseudo', 'Refine', 'Compare', 'Report', 'Run', 'Doctor']
 
 # %% ../nbs/91a_verbs.ipynb #c005
@@ -116,24 +116,50 @@ class Train(Verb):
 # %% ../nbs/91a_verbs.ipynb #c014
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Verb):
-    """Score a network on labelled images, by COCO's measures at the project's sigmas.
+    """Score a network on whatever is labelled: images, boxes alone, a video with labels or tips.
+
+    A video's labels lie beside it, clip_coco.json or clip.xml from CVAT, or are named by --truth.
 
     Example: surgpose evaluate --weights runs/first/weights/best.pt --data data/mine --out runs/first
     """
-    weights: Path  # checkpoint of a trained network
-    data: Path  # dataset folder, or a data.yaml
+    data: Path  # dataset folder, data.yaml, folder with images/ and labels/ of boxes, or a video
+    weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
     evaluate: Annotated[EvaluateConfig, Flat] = EvaluateConfig()
-    split: Literal["val", "train"] = "val"  # which images of the dataset
+    truth: Path | None = None  # labels that do not lie beside the data: COCO JSON, CVAT XML
+    split: Literal["val", "train", "all"] = "val"  # which images of the dataset
+    elsewhere: bool = False  # measure on the sample clip and on the shared real footage as well, into evaluations/
     out: Out = None  # folder for metrics.json; `evaluation` under PROJ_OUT or reports/ when absent
     device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
 
     def run(self) -> Path:
         from surgpose.pose.evaluate import evaluate
         out = self.place(self.out, "evaluation")
-        evaluate(self.weights, self.data, out, self.evaluate, device=self.device, split=self.split)
+        evaluate(self.weights, self.data, out, self.evaluate, device=self.device, truth=self.truth,
+                 split=None if self.split == "all" else self.split)
+        if self.elsewhere:
+            from surgpose.pose.evaluations import evaluate_elsewhere
+            evaluate_elsewhere(self.weights, out, self.evaluate, device=self.device)
         return out / "metrics.json"
 
 # %% ../nbs/91a_verbs.ipynb #c015
+@dataclass(frozen=True, kw_only=True)
+class Runs(Verb):
+    """Lay trained networks out in one table: sizes, scores at both sigmas, seconds.
+
+    Example: surgpose runs reports/paper
+    """
+    folders: Positional[tuple[Path, ...]]  # run folders, or folders that hold some
+    out: Out = None  # folder for runs.csv; nothing is written when absent
+
+    def run(self) -> str:
+        from surgpose.pose.runs import runs_table
+        table = runs_table(self.folders)
+        if self.out is not None:
+            from surgpose.files import atomic_write
+            atomic_write(self.out / "runs.csv", table.to_csv(index=False).encode())
+        return table.to_string(index=False, float_format="{:.3f}".format, na_rep="-")
+
+# %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
 class Predict(Verb):
     """Find tools in an image, a folder of images, or a video.
@@ -151,7 +177,7 @@ class Predict(Verb):
         out = self.place(self.out, "predictions")
         return predict(self.source, out, self.predict, weights=self.weights, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c016
+# %% ../nbs/91a_verbs.ipynb #c017
 @dataclass(frozen=True, kw_only=True)
 class Pseudo(Verb):
     """Propose labels on an unlabelled video, with reasons for every doubt, and collect the sound frames.
@@ -171,7 +197,7 @@ class Pseudo(Verb):
         propose_labels(self.video, self.weights, out, self.pseudo, self.track, device=self.device)
         return out
 
-# %% ../nbs/91a_verbs.ipynb #c017
+# %% ../nbs/91a_verbs.ipynb #c018
 @dataclass(frozen=True, kw_only=True)
 class Refine(Verb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
@@ -192,7 +218,7 @@ class Refine(Verb):
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
                       seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c018
+# %% ../nbs/91a_verbs.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
 class Compare(Verb):
     """Compare two networks on rendered images and on a video, labelled or not.
@@ -215,7 +241,7 @@ class Compare(Verb):
                      device=self.device)
         return out / "compare.json"
 
-# %% ../nbs/91a_verbs.ipynb #c019
+# %% ../nbs/91a_verbs.ipynb #c020
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
     """Run a report notebook and write its page.
@@ -237,7 +263,7 @@ class Report(Verb):
         if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
         return page
 
-# %% ../nbs/91a_verbs.ipynb #c021
+# %% ../nbs/91a_verbs.ipynb #c022
 @dataclass(frozen=True, kw_only=True)
 class Run(Verb):
     """Do the whole job: render, train, evaluate, predict a video, adapt to it, compare, report.
@@ -275,7 +301,7 @@ class Run(Verb):
         if not ok: raise RuntimeError(f"not every phase finished; see {out / 'index.html'}")
         return out / "index.html"
 
-# %% ../nbs/91a_verbs.ipynb #c022
+# %% ../nbs/91a_verbs.ipynb #c023
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what this machine has and lacks, each with the line that mends it.
@@ -288,6 +314,6 @@ class Doctor(Verb):
         if not well: raise RuntimeError(f"something essential is missing\n{table}")
         return table
 
-# %% ../nbs/91a_verbs.ipynb #c023
-VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Predict, Pseudo, Refine,
+# %% ../nbs/91a_verbs.ipynb #c024
+VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Pseudo, Refine,
                                                                 Compare, Report, Run, Doctor)}

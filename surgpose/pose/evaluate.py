@@ -6,28 +6,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..config import EvaluateConfig
-from ..data.coco import read_coco, split_coco
 from ..data.cvat import TipTracks
-from ..data.video import read_image
-from ..data.yolo import read_yolo, read_yolo_boxes
-from ..files import hash_data, safe_join, utc_now, write_json
-from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap_ci, has_keypoints, judge,
-                                 keypoint_errors, reason_for_nan)
+from ..files import hash_data, utc_now, write_json
+from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap, has_keypoints, judge, keypoint_errors,
+                                 reason_for_nan)
 from .judge import score as score
-from .model import load_model, model_sha
+from .mistakes import calibration, confusion
+from .model import find_weights, load_model, model_sha
 from .predict import predict_frames
-from ..schema import CLASSES, KEYPOINTS, LENIENT_SIGMAS, SIGMAS, TIP, Frame, class_name
+from .tips import false_tips
+from .tips import tip_errors as tip_errors
+from .truth import Labelled, open_labelled
+from .truth import load_truth as load_truth
+from .truth import match_frames as match_frames
+from ..schema import CLASSES, KEYPOINTS, LENIENT_SIGMAS, SIGMAS, class_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from ultralytics import YOLO
 
 # %% auto #0
-__all__ = ['CURVE_SIGMAS', 'TIP_SHARE', 'metrics', 'load_truth', 'evaluate', 'match_frames', 'tip_errors']
+__all__ = ['CURVE_SIGMAS', 'metrics', 'find_tools', 'tip_metrics', 'evaluate', 'truth_hash', 'summary_row', 'across_sizes']
 
 # %% ../../nbs/31_evaluate.ipynb #c005
 def _no_nan(data: Any) -> Any:
@@ -36,148 +42,183 @@ def _no_nan(data: Any) -> Any:
     return None if isinstance(data, float) and not np.isfinite(data) else data
 
 # %% ../../nbs/31_evaluate.ipynb #c006
-def _pck(errors: Errors, share: float, n: int, resamples: int) -> dict:
-    low, high = bootstrap_ci(lambda i: errors.pck(share, i), n, resamples)
-    return dict(share=share, value=errors.pck(share), low=low, high=high, n=int((~np.isnan(errors.error_px)).sum()))
-
-def _pixels(errors: Errors) -> dict[str, dict]:
+def _with_ends(values: dict[str, float], ends: dict[str, tuple[float, float]]) -> dict[str, float]:
     out = {}
-    for k, name in enumerate(KEYPOINTS):
-        e = errors.error_px[:, k]; e = e[np.isfinite(e)]
-        out[name] = dict(median_px=float(np.median(e)) if len(e) else None, mean_px=float(e.mean()) if len(e) else None, n=len(e))
+    for name, value in values.items(): out |= {name: value, f"{name}_low": ends[name][0], f"{name}_high": ends[name][1]}
     return out
 
-def _class_row(category_id: int, strict: Judged, boxes: Judged, errors: Errors) -> dict:
-    mine = errors.category_id == category_id
-    part = Errors(errors.image[mine], errors.category_id[mine], errors.error_px[mine], errors.diagonal_px[mine])
-    return dict(tool=class_name(category_id), n=int(mine.sum()), AP=average(strict, categories=[category_id])["AP"],
-                box_AP50=average(boxes, categories=[category_id])["AP50"], pck05=part.pck(0.05))
+def _averages(judged: Judged, resamples: int) -> dict[str, float]:
+    return _with_ends(average(judged), bootstrap(lambda i: average(judged, i), len(judged.image_ids), resamples))
 
-# %% ../../nbs/31_evaluate.ipynb #c008
+def _pck(errors: Errors, n: int, resamples: int) -> list[dict]:
+    ends = bootstrap(lambda i: {str(s): errors.pck(s, i) for s in PCK_SHARES}, n, resamples)
+    labelled = int((~np.isnan(errors.error_px)).sum())
+    return [dict(share=s, value=errors.pck(s), low=ends[str(s)][0], high=ends[str(s)][1], n=labelled) for s in PCK_SHARES]
+
+# %% ../../nbs/31_evaluate.ipynb #c007
+def _middle_px(errors_px: np.ndarray) -> dict[str, float]:
+    out = {}
+    for name, e in zip(KEYPOINTS, errors_px.T, strict=True):
+        e = e[np.isfinite(e)]
+        out |= {f"{name} median_px": np.median(e) if len(e) else np.nan, f"{name} mean_px": e.mean() if len(e) else np.nan}
+    return out
+
+def _pixels(errors: Errors, n: int, resamples: int) -> dict[str, dict]:
+    rows = np.argsort(errors.image, kind="stable")
+    places = np.split(rows, np.searchsorted(errors.image[rows], np.arange(1, n)))
+    def drawn(images: np.ndarray) -> dict[str, float]:
+        chosen = np.concatenate([np.zeros(0, int), *(places[i] for i in images)])
+        return _middle_px(errors.error_px[chosen])
+    all_of = _with_ends(_middle_px(errors.error_px), bootstrap(drawn, n, resamples))
+    return {name: {k.removeprefix(f"{name} "): float(v) for k, v in all_of.items() if k.startswith(f"{name} ")}
+            | dict(n=int(np.isfinite(errors.error_px[:, i]).sum())) for i, name in enumerate(KEYPOINTS)}
+
+def _class_row(category_id: int, strict: Judged, lenient: Judged, boxes: Judged, errors: Errors) -> dict:
+    mine, only = errors.category_id == category_id, [category_id]
+    part = Errors(errors.image[mine], errors.category_id[mine], errors.error_px[mine], errors.diagonal_px[mine])
+    return dict(tool=class_name(category_id), n=int(mine.sum()), AP=average(strict, categories=only)["AP"],
+                lenient_AP=average(lenient, categories=only)["AP"], box_AP50=average(boxes, categories=only)["AP50"],
+                pck05=part.pck(0.05))
+
+# %% ../../nbs/31_evaluate.ipynb #c009
 CURVE_SIGMAS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 
 def metrics(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
-    cfg: EvaluateConfig | None = None,  # how many resamples
-) -> dict:  # JSON-able, with None where a number does not exist; n_images, strict, lenient, box, pck, pixel, per_class, curve
+    cfg: EvaluateConfig | None = None,  # how many resamples; the score from which confusion counts
+) -> dict:  # JSON-able, None where a number does not exist: strict, lenient, box, pck, pixel, per_class, curve, confusion, false, calibration
     "Measure predictions in every way that reports show."
-    n, resamples = len(truth["images"]), (cfg or EvaluateConfig()).bootstrap
+    cfg = cfg or EvaluateConfig()
+    n, resamples = len(truth["images"]), cfg.bootstrap
     posed = {**truth, "annotations": [a for a in truth["annotations"] if has_keypoints(a)]}
     judged = {s: judge(posed, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
-    strict, boxes, errors = judged[SIGMAS[0]], judge(truth, found, kind="bbox"), keypoint_errors(truth, found)
-    low, high = bootstrap_ci(lambda i: average(strict, i)["AP"], n, resamples)
+    strict, lenient, boxes = judged[SIGMAS[0]], judged[LENIENT_SIGMAS[0]], judge(truth, found, kind="bbox")
+    errors, (taken_for, false) = keypoint_errors(truth, found), confusion(truth, found, cfg.threshold, resamples)
+    yardsticks = dict(box=boxes, strict=strict, lenient=lenient) if posed["annotations"] else dict(box=boxes)
     out = dict(
         n_images=n, n_tools=len(truth["annotations"]), n_found=len(found), reason=reason_for_nan(truth),
-        strict=dict(sigma=SIGMAS[0], **average(strict), AP_low=low, AP_high=high),
-        lenient=dict(sigma=LENIENT_SIGMAS[0], **average(judged[LENIENT_SIGMAS[0]])), box=average(boxes),
-        pck=[_pck(errors, share, n, resamples) for share in PCK_SHARES], pixel=_pixels(errors),
-        per_class=[_class_row(i, strict, boxes, errors) for i in range(1, len(CLASSES) + 1)],
-        curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()])
+        strict=dict(sigma=SIGMAS[0], **_averages(strict, resamples)),
+        lenient=dict(sigma=LENIENT_SIGMAS[0], **_averages(lenient, resamples)), box=_averages(boxes, resamples),
+        pck=_pck(errors, n, resamples), pixel=_pixels(errors, n, resamples),
+        per_class=[_class_row(i, strict, lenient, boxes, errors) for i in range(1, len(CLASSES) + 1)],
+        curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()], confusion=taken_for, false=false,
+        calibration={name: calibration(j, resamples) for name, j in yardsticks.items()})
     return _no_nan(out)
 
-# %% ../../nbs/31_evaluate.ipynb #c013
-def _frames(truth: dict, root: Path) -> Iterator[tuple[Frame, np.ndarray]]:
-    for im in truth["images"]:
-        image = read_image(safe_join(root, im["file_name"]))
-        yield Frame(im["file_name"], image.shape[1], image.shape[0], im["id"]), image
+# %% ../../nbs/31_evaluate.ipynb #c015
+def find_tools(
+    model: YOLO,  # as `load_model` returns it
+    labelled: Labelled,
+    cfg: EvaluateConfig,
+    *,
+    device: str = "auto",  # auto, cpu, or a GPU's number
+    progress: bool = True,
+) -> list[dict]:  # COCO results; image_id is the truth's
+    "Predict all labelled pictures."
+    stream = predict_frames(model, labelled.frames(), cfg, device=device)
+    bar = tqdm(stream, "evaluate", len(labelled), unit="image", file=sys.stderr, dynamic_ncols=True, disable=not progress)
+    return [{**row, "image_id": frame.index} for frame, _, poses in bar for row in poses.to_rows()]
 
-# %% ../../nbs/31_evaluate.ipynb #c014
-def load_truth(
-    data: Path | str,  # a dataset folder, a COCO file, a data.yaml, or a folder with images/ and labels/ of boxes
-    split: str | None = "val",  # the images' `split`; nothing takes all
-) -> tuple[dict, Path]:  # a COCO file as plain dicts, and the folder of its file names
-    "Read the images that are to be judged on."
-    data = Path(data)
-    if data.suffix in (".yaml", ".yml"):
-        splits, root = read_yolo(data), data.parent
-        if split not in splits: raise ValueError(f"{data}: expected one of {', '.join(splits)}, got the split {split!r}")
-        return splits[split], root
-    path = data / "coco_annotations.json" if data.is_dir() else data
-    if not path.is_file() and (data / "labels").is_dir(): return read_yolo_boxes(data), data
-    coco = read_coco(path)
-    if split is not None and any("split" in im for im in coco["images"]): coco = split_coco(coco, split)
-    if not coco["images"]: raise ValueError(f"{path}: expected images with the split {split!r}, got none")
-    return coco, path.parent
+def tip_metrics(
+    tips: TipTracks,  # the labelled tips
+    found: list[dict],  # COCO results with the frame's number as image id, every labelled frame looked at
+    cfg: EvaluateConfig | None = None,
+) -> dict:  # n_images, n_tools, n_found, reason, tips by class, false
+    "Measure predictions where only tips are labelled."
+    cfg, frames = cfg or EvaluateConfig(), sorted({int(f) for f in tips.frame})
+    images = [dict(id=f, frame=f, width=tips.width, height=tips.height) for f in frames]
+    seen = dict(images=images, annotations=found)
+    return _no_nan(dict(n_images=len(frames), n_tools=len(tips.frame), n_found=len(found),
+                        reason="only tips are labelled, so neither OKS nor boxes are scored" if frames else "no tip is labelled",
+                        tips=tip_errors(seen, tips, resamples=cfg.bootstrap, threshold=cfg.threshold),
+                        false=false_tips(seen, tips, cfg.threshold, cfg.bootstrap)))
 
 # %% ../../nbs/31_evaluate.ipynb #c016
 def evaluate(
-    weights: Path | str,  # a trained checkpoint
-    data: Path | str,  # a dataset folder, a COCO file, or a data.yaml
-    out: Path | str,  # folder for metrics.json and found.json
+    weights: Path | str | None,  # a trained checkpoint; the project's starter weights when absent
+    data: Path | str,  # a dataset folder, a COCO file, a data.yaml, a folder of boxes, or a video
+    out: Path | str,  # folder for metrics.json, found.json, and worst.jpg when asked for
     cfg: EvaluateConfig | None = None,
     *,
+    truth: Path | str | None = None,  # labels that do not lie where they are looked for: COCO JSON, CVAT XML
     device: str = "auto",
     split: str | None = "val",  # the images' `split`; nothing takes all
     progress: bool = True,
 ) -> dict:  # what metrics.json holds
-    "Predict a dataset's images and measure."
-    cfg, out = cfg or EvaluateConfig(), Path(out)
-    truth, root = load_truth(data, split)
-    model = load_model(weights)
-    stream = predict_frames(model, _frames(truth, root), cfg, device=device)
-    bar = tqdm(stream, "evaluate", len(truth["images"]), unit="image", file=sys.stderr, dynamic_ncols=True, disable=not progress)
-    found = [{**row, "image_id": frame.index} for frame, _, poses in bar for row in poses.to_rows()]
-    facts = dict(data=Path(data).name, split=split, data_hash=hash_data(truth), weights_sha256=model_sha(weights),
+    "Predict labelled pictures or a labelled video, and measure."
+    cfg, out, weights = cfg or EvaluateConfig(), Path(out), weights or find_weights(None)
+    if weights is None: raise FileNotFoundError("evaluate: expected weights, and there are no starter weights; name a checkpoint")
+    labelled = open_labelled(data, truth, split, cfg.resize)
+    model, measure = load_model(weights), tip_metrics if isinstance(labelled.truth, TipTracks) else metrics
+    found = find_tools(model, labelled, cfg, device=device, progress=progress)
+    facts = dict(data=Path(data).name, split=split, data_hash=truth_hash(labelled), weights_sha256=model_sha(weights),
                  **cfg.model_dump(mode="json"), finished=utc_now())
-    result = {**metrics(truth, found, cfg), "provenance": {**facts, "imgsz": cfg.imgsz or model.trained_imgsz}}
+    result = {**measure(labelled.truth, found, cfg), "provenance": {**facts, "imgsz": cfg.imgsz or model.trained_imgsz}}
+    if cfg.sizes: result["sizes"] = _rows_by_size(model, labelled, cfg, device, progress)
     write_json(out / "found.json", found, indent=None)
+    if cfg.worst and measure is metrics: _draw_worst(labelled, found, cfg, out / "worst.jpg")
     write_json(out / "metrics.json", result)
     return result
 
+def truth_hash(
+    labelled: Labelled,
+) -> str:
+    "Name the labels by their content."
+    if isinstance(labelled.truth, dict): return hash_data(labelled.truth)
+    return hash_data({k: np.asarray(getattr(labelled.truth, k)).tolist() for k in ("category_id", "frame", "xy_px")})
+
+def _draw_worst(labelled: Labelled, found: list[dict], cfg: EvaluateConfig, path: Path) -> None:
+    import cv2
+    from surgpose.files import atomic_write
+    from surgpose.pose.results import worst_images
+    sheet = worst_images(labelled.truth, found, labelled, n=cfg.worst, min_score=cfg.threshold)
+    atomic_write(path, cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
+
 # %% ../../nbs/31_evaluate.ipynb #c018
-def match_frames(
-    predictions: dict,  # what a predictions.json holds
-    truth: dict,  # COCO file of the same video or pictures; images carry `frame`, or the same file names
-) -> tuple[dict, list[dict]]:  # the truth of the predicted frames, and COCO results with the truth's image ids
-    "Bring predictions and truth together."
-    by_frame = bool(truth["images"]) and all("frame" in im for im in truth["images"])
-    def key(im: dict) -> Any: return im.get("frame") if by_frame else Path(im["file_name"]).name
-    ids = {key(im): im["id"] for im in truth["images"]}
-    new_id = {im["id"]: ids[key(im)] for im in predictions["images"] if key(im) in ids}
-    if not new_id:
-        raise ValueError(f"match_frames: none of {len(predictions['images'])} predicted frames is among the "
-                         f"{len(ids)} labelled ones; are they of the same video?")
-    kept = set(new_id.values())
-    part = {**truth, "images": [im for im in truth["images"] if im["id"] in kept],
-            "annotations": [a for a in truth["annotations"] if a["image_id"] in kept]}
-    return part, [{**a, "image_id": new_id[a["image_id"]]} for a in predictions["annotations"] if a["image_id"] in new_id]
+def summary_row(
+    measured: dict,  # what a metrics.json holds, complete or not
+) -> dict[str, float]:  # n; AP, AP50, AP75, AR at both sigmas, box AP50, PCK, tip error, false detections; some with low and high
+    "Pick the numbers that decide."
+    nan = float("nan")
+    def get(*path: str) -> float:
+        node: Any = measured
+        for key in path: node = node.get(key) if isinstance(node, dict) else None
+        return nan if node is None else node
+    out = {"n": get("n_images"), "AP": get("strict", "AP"), "AP low": get("strict", "AP_low"), "AP high": get("strict", "AP_high")}
+    out |= {k: get("strict", k) for k in ("AP50", "AP75", "AR")}
+    out |= {f"{k} (.2)": get("lenient", k) for k in ("AP", "AP50")}
+    out |= {"box AP50": get("box", "AP50"), "box AP50 low": get("box", "AP50_low"), "box AP50 high": get("box", "AP50_high")}
+    out |= {f"PCK {100 * p['share']:.0f} %": nan if p["value"] is None else p["value"] for p in measured.get("pck", [])}
+    return out | {"tip px": get("pixel", "tip", "median_px"), "false per image": get("false", "per_image")}
 
 # %% ../../nbs/31_evaluate.ipynb #c022
-def _tip_gap(row: dict | None, frames: dict[int, dict], tips: TipTracks, i: int) -> float:
-    if row is None: return float("inf")
-    image = frames[row["image_id"]]
-    scale = np.array([tips.width / image["width"], tips.height / image["height"]])
-    xy = np.asarray(row["keypoints"][3 * TIP : 3 * TIP + 2]) * scale
-    return float(np.hypot(*(xy - tips.xy_px[i])))
+def _rows_by_size(model: YOLO, labelled: Labelled, cfg: EvaluateConfig, device: str, progress: bool) -> list[dict]:
+    rows = []
+    for size in cfg.sizes:
+        at = cfg.model_copy(update=dict(imgsz=size))
+        found = find_tools(model, labelled, at, device=device, progress=progress)
+        if isinstance(labelled.truth, dict): rows.append(dict(imgsz=size, **summary_row(metrics(labelled.truth, found, at))))
+        else:
+            got = tip_metrics(labelled.truth, found, at)
+            rows.append(dict(imgsz=size, n=got["n_images"], **{f"{k} within 5 %": t["within"] for k, t in got["tips"].items()},
+                             **{"false per image": got["false"]["per_image"]}))
+    return _no_nan(rows)
 
-def _tip_row(gaps: np.ndarray, diagonal_px: float, resamples: int) -> dict:
-    got, inside = gaps[np.isfinite(gaps)], gaps <= TIP_SHARE * diagonal_px
-    share = got / diagonal_px
-    near = bootstrap_ci(lambda k: inside[k].mean(), len(gaps), resamples)
-    far = bootstrap_ci(lambda k: np.median(share[k]), len(got), resamples)
-    median = float(np.median(got)) if len(got) else float("nan")
-    return _no_nan(dict(n=len(gaps), found=len(got), median_px=median, median_share=median / diagonal_px,
-                        median_share_low=far[0], median_share_high=far[1],
-                        within=float(inside.mean()) if len(gaps) else float("nan"), within_low=near[0], within_high=near[1]))
-
-# %% ../../nbs/31_evaluate.ipynb #c023
-TIP_SHARE = 0.05  # of the image diagonal
-
-def tip_errors(
-    predictions: dict,  # what a predictions.json holds
-    tips: TipTracks,  # the labelled tips
+def across_sizes(
+    weights: Path | str,  # a trained checkpoint
+    data: Path | str,  # as for `evaluate`
+    sizes: tuple[int, ...] = (416, 640, 960),  # image sizes in px
+    cfg: EvaluateConfig | None = None,
     *,
-    resamples: int = 200,
-) -> dict[str, dict]:  # class -> n, found, keyframes, median_px; median_share and within, each with _low and _high
-    "Compare predicted tips with labelled ones, frame by frame."
-    frames = {im["id"]: im for im in predictions["images"]}
-    best: dict[tuple[int, int], dict] = {}
-    for a in sorted(predictions["annotations"], key=lambda a: a["score"]):
-        best[frames[a["image_id"]]["frame"], a["category_id"]] = a
-    seen, diagonal, out = {im["frame"] for im in predictions["images"]}, float(np.hypot(tips.width, tips.height)), {}
-    for category_id in sorted(set(np.asarray(tips.category_id).tolist())):
-        rows = [i for i, c in enumerate(tips.category_id) if c == category_id and tips.frame[i] in seen]
-        gaps = np.array([_tip_gap(best.get((int(tips.frame[i]), category_id)), frames, tips, i) for i in rows])
-        out[class_name(category_id)] = _tip_row(gaps, diagonal, resamples) | dict(keyframes=int(np.sum(np.asarray(tips.keyframe)[rows])))
-    return out
+    truth: Path | str | None = None,
+    device: str = "auto",
+    split: str | None = "val",
+    progress: bool = True,
+) -> pd.DataFrame:  # one row per size: imgsz, and as in `summary_row`, or shares of tips where only tips are labelled
+    "Measure a network at several image sizes."
+    import pandas as pd
+
+    cfg = (cfg or EvaluateConfig()).model_copy(update=dict(sizes=tuple(sizes)))
+    labelled = open_labelled(data, truth, split, cfg.resize)
+    return pd.DataFrame(_rows_by_size(load_model(weights), labelled, cfg, device, progress))

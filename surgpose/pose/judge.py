@@ -19,7 +19,7 @@ from ..schema import CLASSES, KEYPOINTS, SIGMAS, Poses
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'PAIR_IOU', 'PCK_SHARES', 'Judged', 'judge', 'average', 'has_keypoints', 'reason_for_nan', 'score',
-           'bootstrap_ci', 'Errors', 'keypoint_errors']
+           'bootstrap', 'bootstrap_ci', 'Errors', 'keypoint_errors']
 
 # %% ../../nbs/31a_judge.ipynb #c005
 @dataclass(frozen=True)
@@ -117,6 +117,25 @@ def score(
     return out if posed else {**out, "reason": reason_for_nan(truth)}
 
 # %% ../../nbs/31a_judge.ipynb #c016
+def bootstrap(
+    values_of: Callable[[np.ndarray], dict[str, float]],  # from the numbers of the images that count, with repeats
+    n: int,  # how many images there are
+    resamples: int = 200,
+    *,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:  # name -> low and high end of the 95 % interval; NaN where there is none
+    "Estimate how far several numbers would move with other images of the same kind."
+    everything = values_of(np.arange(n))
+    if n < 2 or resamples < 1: return dict.fromkeys(everything, (float("nan"), float("nan")))
+    rng = np.random.default_rng(seed)
+    drawn = [values_of(rng.integers(0, n, n)) for _ in range(resamples)]
+    return {name: _middle(np.array([d[name] for d in drawn], float)) for name in everything}
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    if np.isnan(values).all(): return float("nan"), float("nan")
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
 def bootstrap_ci(
     value_of: Callable[[np.ndarray], float],  # from the numbers of the images that count, with repeats
     n: int,  # how many images there are
@@ -125,11 +144,8 @@ def bootstrap_ci(
     seed: int = 0,
 ) -> tuple[float, float]:  # low and high end of the 95 % interval; NaN where there is nothing to resample
     "Estimate how far a number would move with other images of the same kind."
-    if n < 2 or resamples < 1: return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    values = np.array([value_of(rng.integers(0, n, n)) for _ in range(resamples)], float)
-    if np.isnan(values).all(): return float("nan"), float("nan")
-    return tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
+    if n < 2: return float("nan"), float("nan")
+    return bootstrap(lambda i: {"": value_of(i)}, n, resamples, seed=seed)[""]
 
 # %% ../../nbs/31a_judge.ipynb #c020
 PAIR_IOU = 0.5

@@ -5,6 +5,7 @@
 # %% ../../nbs/34_results.ipynb #c002
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,11 @@ import pandas as pd
 from ..data.coco import annotations_by_image, poses_by_image
 from ..data.draw import contact_sheet, draw_poses
 from ..data.show import new_figure, style
-from ..data.video import read_image
-from ..files import read_json, safe_join
-from .judge import keypoint_errors
-from ..schema import Poses
+from ..files import read_json
+from ..geometry import iou_xywh
+from .judge import PAIR_IOU, has_keypoints, keypoint_errors
+from .truth import Labelled
+from ..schema import KEYPOINTS, Poses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,7 +121,8 @@ def rank_images(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
 ) -> list[tuple[int, float]]:  # image id and the mean error of its worst tool in shares of the box diagonal, worst first
-    "Rank images by how badly a tool in them was met; infinite where one was missed."
+    "Rank images by how badly a tool in them was met; infinite where one was missed. Without keypoints, by box overlap."
+    if truth["annotations"] and not any(map(has_keypoints, truth["annotations"])): return _rank_boxes(truth, found)
     errors = keypoint_errors(truth, found)
     ids = [im["id"] for im in truth["images"]]
     worst: dict[int, float] = {}
@@ -128,29 +131,51 @@ def rank_images(
         worst[ids[n]] = max(share, worst.get(ids[n], 0.0))
     return sorted(worst.items(), key=lambda item: -item[1])
 
+def _rank_boxes(truth: dict, found: list[dict]) -> list[tuple[int, float]]:
+    seen, worst = annotations_by_image({"images": truth["images"], "annotations": found}), {}
+    for image_id, tools in annotations_by_image(truth).items():
+        for t in tools:
+            mine = [r["bbox"] for r in seen[image_id] if r["category_id"] == t["category_id"]]
+            overlap = iou_xywh(np.array([t["bbox"]]), np.array(mine)).max() if mine else 0.0
+            gap = 1 - float(overlap) if overlap >= PAIR_IOU else np.inf
+            worst[image_id] = max(gap, worst.get(image_id, 0.0))
+    return sorted(worst.items(), key=lambda item: -item[1])
+
+def _with_points(truth: dict) -> dict:
+    nowhere = [0.0] * (3 * len(KEYPOINTS))
+    return {**truth, "annotations": [{**a, "keypoints": a.get("keypoints", nowhere)} for a in truth["annotations"]]}
+
+def _how_bad(share: float) -> str:
+    return f"off by {100 * share:.0f} % of the box" if np.isfinite(share) else "a tool is missed"
+
+# %% ../../nbs/34_results.ipynb #c018
 def worst_images(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
-    root: Path | str,  # folder of the truth's file names
+    source: Path | str | Labelled,  # folder of the truth's file names, or the labelled pictures
     *,
-    n: int = 6,
+    n: int = 20,
     min_score: float = 0.25,  # weaker detections are not drawn, nor do they count
-    width: int = 260,  # px of one picture
-) -> np.ndarray:  # (H, W, 3) uint8 BGR: truth above, found below
+    width: int = 220,  # px of one picture
+    columns: int = 5,
+) -> np.ndarray:  # (H, W, 3) uint8 BGR: rows of truth, each with a row of what was found below
     "Show the images on which the network does worst."
     strong = [f for f in found if f["score"] >= min_score]
-    true, seen = poses_by_image(truth), annotations_by_image({"images": truth["images"], "annotations": strong})
-    names, pairs, captions = {im["id"]: im["file_name"] for im in truth["images"]}, [], []
-    for image_id, share in rank_images(truth, strong)[:n]:
-        image = read_image(safe_join(root, names[image_id]))
-        pairs.append((draw_poses(image, true[image_id]), draw_poses(image, Poses.from_rows(seen[image_id]))))
-        captions.append("a tool is missed" if not np.isfinite(share) else f"off by {100 * share:.0f} % of the box")
-    if not pairs: raise ValueError(f"worst_images: none of {len(names)} images has a tool with keypoints to miss")
-    above, below = zip(*pairs, strict=True)
-    return contact_sheet([*above, *below], columns=len(pairs), width=width, captions=[*captions, *["found"] * len(pairs)],
-                         legend=True)
+    ranked = dict(rank_images(truth, strong)[:n])
+    if not ranked: raise ValueError(f"worst_images: none of {len(truth['images'])} images has a tool to miss")
+    true, seen = poses_by_image(_with_points(truth)), annotations_by_image({"images": truth["images"], "annotations": strong})
+    labelled = source if isinstance(source, Labelled) else Labelled(Path(source), truth)
+    chosen = replace(labelled, truth={**truth, "images": [im for im in truth["images"] if im["id"] in ranked]})
+    images = {frame.index: image for frame, image in chosen.frames()}
+    cells, captions, order = [], [], list(ranked)
+    for row in (order[i : i + columns] for i in range(0, len(order), columns)):
+        blank = [np.full((width, width, 3), 255, np.uint8)] * (columns - len(row) if len(order) > columns else 0)
+        cells += [*(draw_poses(images[i], true[i]) for i in row), *blank]
+        cells += [*(draw_poses(images[i], Poses.from_rows(seen[i])) for i in row), *blank]
+        captions += [*(_how_bad(ranked[i]) for i in row), *[""] * len(blank), *["found"] * len(row), *[""] * len(blank)]
+    return contact_sheet(cells, columns=min(columns, len(order)), width=width, captions=captions, legend=True)
 
-# %% ../../nbs/34_results.ipynb #c021
+# %% ../../nbs/34_results.ipynb #c022
 def _weakest(measured: dict) -> str:
     found = [(r["median_px"], k) for k, r in measured["pixel"].items() if r["n"]]
     if not found: return " No tool was found well enough to measure its points."
@@ -163,7 +188,7 @@ def _trend(table: pd.DataFrame) -> str:
     late, before = table[column].iloc[-tail:].mean(), table[column].iloc[-2 * tail : -tail].mean()
     return " It was still improving when training ended." if late > 1.1 * before + 0.005 else ""
 
-# %% ../../nbs/34_results.ipynb #c022
+# %% ../../nbs/34_results.ipynb #c023
 def train_verdict(
     table: pd.DataFrame,  # results.csv
     measured: dict,  # metrics.json
