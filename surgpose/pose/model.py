@@ -21,15 +21,23 @@ if TYPE_CHECKING:
     from ultralytics import YOLO
 
 # %% auto #0
-__all__ = ['SCRATCH', 'ultralytics', 'resolve_device', 'read_weights', 'find_weights', 'build_model', 'write_weights',
-           'load_model', 'model_sha']
+__all__ = ['SCRATCH', 'cpu_threads', 'ultralytics', 'resolve_device', 'read_weights', 'find_weights', 'build_model',
+           'write_weights', 'load_model', 'model_sha']
 
 # %% ../../nbs/30a_model.ipynb #c005
+def cpu_threads() -> int:  # at least 1
+    "Count the processor cores that a network may use here."
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told): return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../../nbs/30a_model.ipynb #c008
 def ultralytics() -> ModuleType:  # the package, ready for use
     "Import Ultralytics offline and quiet, with the restricted unpickler."
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose" / "ultralytics"
     os.environ.update(ULTRALYTICS_SAFE_LOAD="true", YOLO_AUTOINSTALL="false")
-    for name, value in dict(YOLO_OFFLINE="true", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=str(cache)).items():
+    for name, value in dict(YOLO_OFFLINE="true", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=str(cache),
+                            OMP_NUM_THREADS=str(cpu_threads())).items():  # Ultralytics would set it to 1
         os.environ.setdefault(name, value)
     # OpenVINO reports over the network from its first import on; without this module it takes a silent stub
     sys.modules.setdefault("openvino_telemetry", None)
@@ -38,8 +46,9 @@ def ultralytics() -> ModuleType:  # the package, ready for use
         except OSError: pass  # Ultralytics finds itself another folder
     import ultralytics as module
     from PIL import Image
-    from ultralytics.utils import SAFE_LOAD, SETTINGS, patches
+    from ultralytics.utils import SAFE_LOAD, SETTINGS, patches, torch_utils
 
+    torch_utils.NUM_THREADS = cpu_threads()  # what every training, validation and prediction on a CPU sets
     if Image.open is patches.image_open: Image.open = patches._image_open  # theirs wants to install a HEIF reader
 
     if not SAFE_LOAD:
@@ -48,7 +57,7 @@ def ultralytics() -> ModuleType:  # the package, ready for use
     if SETTINGS.get("sync"): SETTINGS.update(sync=False)
     return module
 
-# %% ../../nbs/30a_model.ipynb #c009
+# %% ../../nbs/30a_model.ipynb #c012
 def resolve_device(
     device: str = "auto",  # auto, cpu, a GPU's number, or several like 0,1
 ) -> str:  # cpu, or GPU numbers, as Ultralytics takes them
@@ -67,7 +76,7 @@ def resolve_device(
         raise ValueError(f"device: GPU {', '.join(missing)} was asked for, this machine has {count}; use auto or cpu")
     return ",".join(numbers)
 
-# %% ../../nbs/30a_model.ipynb #c013
+# %% ../../nbs/30a_model.ipynb #c016
 def read_weights(
     path: Path | str,  # a .pt file
 ) -> dict[str, Any]:  # a checkpoint with its network under `model`, or names and tensors
@@ -90,7 +99,7 @@ def read_weights(
     if data and all(isinstance(v, torch.Tensor) for v in data.values()): return data
     raise ValueError(f"{wanted}, got entries {', '.join(map(str, data))[:80]} and no network among them")
 
-# %% ../../nbs/30a_model.ipynb #c018
+# %% ../../nbs/30a_model.ipynb #c021
 SCRATCH = "scratch"
 
 def find_weights(
@@ -109,7 +118,7 @@ def find_weights(
     size = Path(model).stem.removesuffix("-pose")[-1:]
     return next((p for p in [starters / f"surgpose-{size}.pt"] if p.is_file() and "v8" in model), None)
 
-# %% ../../nbs/30a_model.ipynb #c022
+# %% ../../nbs/30a_model.ipynb #c025
 def _name_outputs(model: Any) -> None:
     model.names = dict(enumerate(CLASSES))
     model.kpt_shape, model.kpt_oks_sigmas = [len(KEYPOINTS), 3], list(SIGMAS)
@@ -124,7 +133,7 @@ def _carry_over(model: Any, weights: Path | str) -> set[str]:
     model.load_state_dict({k: source[k].float() for k in fits}, strict=False)
     return set(fits)
 
-# %% ../../nbs/30a_model.ipynb #c023
+# %% ../../nbs/30a_model.ipynb #c026
 def build_model(
     model: str = "yolov8n-pose",  # name of an Ultralytics pose model, or a path to its YAML
     weights: Path | str | None = None,  # initial weights; nothing for random ones
@@ -146,7 +155,7 @@ def build_model(
                       "images and epochs; name some with weights_init", stacklevel=2)
     return yolo, carried
 
-# %% ../../nbs/30a_model.ipynb #c027
+# %% ../../nbs/30a_model.ipynb #c030
 def write_weights(
     path: Path | str,
     model: Any,  # a pose network, as read from a checkpoint
@@ -165,7 +174,7 @@ def write_weights(
     with atomic_path(path) as tmp: torch.save(checkpoint, tmp)
     return Path(path)
 
-# %% ../../nbs/30a_model.ipynb #c029
+# %% ../../nbs/30a_model.ipynb #c032
 def load_model(
     weights: Path | str,  # a checkpoint of a network trained on the schema's classes and keypoints
 ) -> YOLO:
@@ -181,7 +190,7 @@ def load_model(
     yolo.trained_imgsz = int(data.get("train_args", {}).get("imgsz") or 640)
     return yolo
 
-# %% ../../nbs/30a_model.ipynb #c031
+# %% ../../nbs/30a_model.ipynb #c034
 def model_sha(
     weights: Path | str,  # a .pt file
 ) -> str:  # hex digest
