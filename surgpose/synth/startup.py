@@ -103,7 +103,7 @@ def _gpus(preferences: Any) -> dict[str, list[str]]:
         except (TypeError, ValueError): continue  # this build of Blender does not know the kind
     return found
 
-# %% ../../nbs/22a_startup.ipynb #c019
+# %% ../../nbs/22a_startup.ipynb #c022
 def set_device(
     bproc: Any,
     device: str,  # as `parse_device` takes it
@@ -116,7 +116,7 @@ def set_device(
     else: bproc.renderer.set_render_devices(desired_gpu_device_type=kind, desired_gpu_ids=list(numbers))
     return " ".join([kind, ",".join(map(str, numbers))]).strip()
 
-# %% ../../nbs/22a_startup.ipynb #c021
+# %% ../../nbs/22a_startup.ipynb #c024
 def device_in_use() -> str:  # like CPU or OPTIX 0
     "Tell what Cycles renders on."
     import bpy
@@ -127,12 +127,12 @@ def device_in_use() -> str:  # like CPU or OPTIX 0
     used = [str(i) for i, d in enumerate(preferences.get_devices_for_type(kind)) if d.use]
     return f"{kind} {','.join(used)}"
 
-# %% ../../nbs/22a_startup.ipynb #c023
+# %% ../../nbs/22a_startup.ipynb #c026
 def memory_folder() -> str:
     "Find shared memory, or the usual place for temporary files where there is none."
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
-# %% ../../nbs/22a_startup.ipynb #c025
+# %% ../../nbs/22a_startup.ipynb #c028
 def sweep_work_folders(
     base: str | None = None,  # `memory_folder` when absent
 ) -> None:
@@ -143,7 +143,7 @@ def sweep_work_folders(
         pid = old.name.split("-")[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)): shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/22a_startup.ipynb #c026
+# %% ../../nbs/22a_startup.ipynb #c029
 def work_folder(
     base: str | None = None,  # `memory_folder` when absent
 ) -> tempfile.TemporaryDirectory:
@@ -151,7 +151,7 @@ def work_folder(
     sweep_work_folders(base)
     return tempfile.TemporaryDirectory(prefix=f"surgpose-{os.getpid()}-", dir=base or memory_folder())
 
-# %% ../../nbs/22a_startup.ipynb #c030
+# %% ../../nbs/22a_startup.ipynb #c033
 def start_blender(
     cfg: RenderConfig,
     *,
