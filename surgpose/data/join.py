@@ -48,12 +48,12 @@ def _recoded(container: InputContainer, sound: Stream, out: Stream, zero_s: floa
     yield from out.encode(None)
 
 # %% ../../nbs/15b_join.ipynb #c006
-def _sound(stack: ExitStack, film: OutputContainer, source: Path, end_s: float) -> Iterator[Packet]:
+def _sound(stack: ExitStack, film: OutputContainer, source: Path, from_s: float, end_s: float) -> Iterator[Packet]:
     container, _ = stack.enter_context(open_video(source))
     sound = next(iter(container.streams.audio), None)
     if sound is None: return iter(())
     line = read_timeline(source)
-    zero_s = float(line.pts[0] * line.time_base) if len(line.pts) else 0.0
+    zero_s = from_s + (float(line.pts[0] * line.time_base) if len(line.pts) else 0.0)
     if sound.codec_context.name in _MP4_SOUND:
         return _copied(container, sound, film.add_stream_from_template(sound), zero_s, end_s)
     layout = "mono" if sound.codec_context.channels == 1 else "stereo"
@@ -75,6 +75,7 @@ def join_videos(
     out: Path | str,  # ends in .mp4
     *,
     sound: Path | None = None,  # the video whose sound goes along
+    from_s: float = 0.0,  # when the first picture is shown in that video
     end_s: float = float("inf"),  # when the last picture ends; longer sound is cut
 ) -> Path:  # `out`
     "Join pieces of a film without encoding them again."
@@ -86,6 +87,6 @@ def join_videos(
         film = stack.enter_context(av.open(f"file:{tmp}", "w", format="mp4", options=options))
         _, first = stack.enter_context(open_video(parts[0][0]))
         tracks = [_pictures(parts, film.add_stream_from_template(first))]
-        if sound is not None: tracks.append(_sound(stack, film, sound, end_s))
+        if sound is not None: tracks.append(_sound(stack, film, sound, from_s, end_s))
         for packet in heapq.merge(*tracks, key=lambda p: p.dts * p.time_base): film.mux(packet)
     return out

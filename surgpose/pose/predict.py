@@ -5,10 +5,18 @@
 # %% ../../nbs/32_predict.ipynb #c002
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice, takewhile
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -16,24 +24,30 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..config import EvaluateConfig, PredictConfig
-from ..data.coco import AREA_SHARE
 from ..data.draw import draw_poses
-from ..data.video import count_source, is_video, iter_source, read_image, video_info, write_video
+from ..data.join import join_videos
+from ..data.video import (VideoInfo, camera_number, count_source, is_video, iter_source, list_images, read_camera,
+                                 read_image, video_info, write_video)
 from ..data.yolo import POINT_SHIFT
-from ..files import atomic_path, atomic_write, lock_folder, read_json, utc_now, versions, write_json
+from ..files import atomic_path, lock_folder, utc_now, versions
 from .model import find_weights, load_model, model_sha, resolve_device
-from ..schema import KEYPOINTS, Frame, Poses, class_name, coco_categories
+from .openvino import FastNetwork, choose_backend
+from .record import (Parts, ahead, predictions_dict, predictions_table, read_predictions, write_predictions,
+                                  write_table)
+from ..schema import CLASSES, Frame, Poses
 
 if TYPE_CHECKING:
-    import pandas as pd
     from ultralytics import YOLO
     from ultralytics.engine.results import Results
 
 # %% auto #0
-__all__ = ['poses_of_result', 'predict_frames', 'predictions_dict', 'write_predictions', 'read_predictions', 'predictions_table',
-           'predict']
+__all__ = ['poses_of_result', 'predict_frames', 'predict', 'predictions_dict', 'predictions_table', 'read_predictions',
+           'write_predictions']
 
-# %% ../../nbs/32_predict.ipynb #c005
+# %% ../../nbs/32_predict.ipynb #c003
+_all_ = ["predictions_dict", "predictions_table", "read_predictions", "write_predictions"]
+
+# %% ../../nbs/32_predict.ipynb #c006
 def poses_of_result(
     result: Results,  # what Ultralytics returns for one image
 ) -> Poses:  # sorted by score, best first
@@ -47,9 +61,9 @@ def poses_of_result(
                   np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1), keypoints)
     return poses[np.argsort(-poses.score, kind="stable")]
 
-# %% ../../nbs/32_predict.ipynb #c007
+# %% ../../nbs/32_predict.ipynb #c008
 def predict_frames(
-    model: YOLO | Path | str,  # a loaded network, or its weights
+    model: YOLO | FastNetwork | Path | str,  # a loaded network, or its weights
     frames: Iterable[tuple[Frame, np.ndarray]],  # frame, and its image (H, W, 3) uint8 BGR
     cfg: PredictConfig | EvaluateConfig | None = None,
     *,
@@ -59,79 +73,138 @@ def predict_frames(
     "Predict one frame after another."
     cfg = cfg or PredictConfig()
     if isinstance(model, Path | str): model = load_model(model)
-    options = dict(imgsz=imgsz or cfg.imgsz or model.trained_imgsz, conf=cfg.conf, iou=cfg.iou, max_det=cfg.max_det,
+    if isinstance(model, FastNetwork):
+        for frame, image in frames: yield frame, image, model.find(image, cfg, imgsz=imgsz)
+        return
+    classes = [CLASSES.index(c) for c in getattr(cfg, "classes", ())] or None
+    options = dict(imgsz=imgsz or cfg.imgsz or model.trained_imgsz, classes=classes, conf=cfg.conf, iou=cfg.iou, max_det=cfg.max_det,
                    device=resolve_device(device).split(",")[0], verbose=False, save=False)
     for frame, image in frames:
         yield frame, image, poses_of_result(model.predict(image, **options)[0])
 
-# %% ../../nbs/32_predict.ipynb #c015
-def predictions_dict(
-    rows: Iterable[tuple[Frame, Poses]],  # frames without a tool count too
-    info: dict | None = None,  # JSON-able; where the predictions come from
-) -> dict:  # info, categories, images, annotations
-    "Put predictions in COCO's form."
-    images, annotations = [], []
-    for i, (frame, poses) in enumerate(rows, 1):
-        images.append(dict(id=i, file_name=frame.file_name, width=frame.width, height=frame.height, frame=frame.index,
-                           t_s=round(float(frame.t_s), 6)))
-        annotations += [dict(id=len(annotations) + n, image_id=i, area=round(AREA_SHARE * r["bbox"][2] * r["bbox"][3], 2), **r)
-                        for n, r in enumerate(poses.to_rows(), 1)]
-    return dict(info=info or {}, categories=coco_categories(), images=images, annotations=annotations)
+# %% ../../nbs/32_predict.ipynb #c016
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    camera: Iterator | None  # frames of a webcam
+    film: VideoInfo | None  # of a video or webcam
+    names: tuple[str, ...]  # of pictures
+    total: int | None  # frames to expect
 
-# %% ../../nbs/32_predict.ipynb #c017
-def write_predictions(
-    path: Path | str,  # a .json file
-    rows: Iterable[tuple[Frame, Poses]],
-    info: dict | None = None,  # JSON-able; where the predictions come from
-) -> Path:  # `path`
-    "Write predictions, whole or not at all."
-    return write_json(path, predictions_dict(rows, info), indent=None)
+    def frames(self, stride: int, start: int) -> Iterator[tuple[Frame, np.ndarray]]:
+        return self.camera if self.camera is not None else iter_source(self.path, stride, start=start)
 
-def read_predictions(
-    path: Path | str,  # a predictions.json, or the folder that holds it
-) -> list[tuple[Frame, Poses]]:  # frames in order, empty ones too
-    "Read predictions."
-    path = Path(path)
-    data = read_json(path / "predictions.json" if path.is_dir() else path)
-    if not isinstance(data, dict) or not {"images", "annotations"} <= set(data):
-        raise ValueError(f"{path}: expected predictions with images and annotations, got something else")
-    rows: dict[int, list[dict]] = {im["id"]: [] for im in data["images"]}
-    for a in data["annotations"]: rows[a["image_id"]].append(a)
-    return [(Frame(im["file_name"], im["width"], im["height"], im.get("frame", 0), im.get("t_s", 0.0)),
-             Poses.from_rows(rows[im["id"]])) for im in data["images"]]
+    def identity(self) -> list:
+        if self.camera is not None: return [utc_now(), os.getpid()]  # never the same again
+        files = [self.path] if self.path.is_file() else list_images(self.path)
+        return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
-# %% ../../nbs/32_predict.ipynb #c020
-def predictions_table(
-    rows: Iterable[tuple[Frame, Poses]],
-) -> pd.DataFrame:  # one row per tool: frame, t_s, file_name, tool, score, box, and x, y, conf of each keypoint
-    "Lay predictions out as a table."
-    import pandas as pd
+def _open_source(source: Path, cfg: PredictConfig) -> _Source:
+    number = camera_number(source)
+    if number is not None:
+        info, frames = read_camera(number, cfg.stride)
+        return _Source(info.path, frames, info, (), cfg.frames)
+    if source.is_file() and not is_video(source): read_image(source)
+    total = min(count_source(source, cfg.stride), cfg.frames or sys.maxsize)
+    names = () if is_video(source) else tuple(p.name for p in list_images(source))
+    return _Source(source, None, video_info(source) if is_video(source) else None, names, total)
 
-    columns = ["frame", "t_s", "file_name", "tool", "score", "x", "y", "width", "height"]
-    columns += [f"{k}_{part}" for k in KEYPOINTS for part in ("x", "y", "conf")]
-    lines = [[frame.index, round(frame.t_s, 6), frame.file_name, class_name(r["category_id"]), r["score"], *r["bbox"],
-              *r["keypoints"]] for frame, poses in rows for r in poses.to_rows()]
-    return pd.DataFrame(lines, columns=columns)
-
-# %% ../../nbs/32_predict.ipynb #c024
+# %% ../../nbs/32_predict.ipynb #c018
 def _write_still(path: Path, image_bgr: np.ndarray) -> None:
     with atomic_path(path) as tmp: tmp.write_bytes(cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
 
-def _overlay(stack: ExitStack, source: Path, out: Path, cfg: PredictConfig) -> Any:
-    if not cfg.overlay: return lambda frame, image: None
-    if not is_video(source): return lambda frame, image: _write_still(out / "overlay" / f"{Path(frame.file_name).stem}.jpg", image)
-    info = video_info(source)
-    writer = stack.enter_context(write_video(out / "overlay.mp4", fps=info.fps / cfg.stride, width=info.width,
-                                             height=info.height))
-    first: list[float] = []
-    def write(frame: Frame, image: np.ndarray) -> None:
-        first[:] = first or [frame.t_s]
-        writer.write(image, frame.t_s - first[0])
-    return write
+def _still_name(name: str, names: tuple[str, ...]) -> str:
+    alone = Counter(Path(n).stem for n in names)[Path(name).stem] == 1
+    return f"{Path(name).stem if alone else name}.jpg"
 
-# %% ../../nbs/32_predict.ipynb #c025
+@contextmanager
+def _overlay(source: _Source, parts: Parts, cfg: PredictConfig) -> Iterator[Any]:
+    if not cfg.overlay: yield lambda frame, image, poses: None
+    elif source.film is None:
+        folder = parts.folder / "overlay"
+        yield lambda frame, image, poses: _write_still(folder / _still_name(frame.file_name, source.names), draw_poses(image, poses))
+    else:
+        size = dict(width=source.film.width, height=source.film.height)
+        with write_video(parts.path(".mp4"), fps=source.film.fps / cfg.stride, preset="ultrafast", crf=23, **size) as film:
+            first: list[float] = []
+            def write(frame: Frame, image: np.ndarray, poses: Poses) -> None:
+                first[:] = first or [frame.t_s]
+                film.write(draw_poses(image, poses), frame.t_s - first[0])
+            yield write
+
+# %% ../../nbs/32_predict.ipynb #c019
+def _next_part(stream: Iterator, source: _Source, parts: Parts, cfg: PredictConfig, bar: tqdm) -> bool:
+    head = next(stream, None)
+    if head is None: return False
+    rows = []
+    with _overlay(source, parts, cfg) as draw:
+        for frame, image, poses in chain([head], islice(stream, cfg.checkpoint - 1)):
+            draw(frame, image, poses)
+            rows.append((frame, poses))
+            bar.update()
+    parts.add(rows)
+    return True
+
+@contextmanager
+def _ended_by_hand(camera: bool) -> Iterator[Event]:
+    stop = Event()
+    if not camera or current_thread() is not main_thread(): yield stop; return
+    old = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try: yield stop
+    finally: signal.signal(signal.SIGINT, old)
+
+def _wanted(frames: Iterator, skip: bool, count: int | None, stop: Event) -> Iterator:
+    with closing(frames):
+        if skip: next(frames)
+        yield from takewhile(lambda _: not stop.is_set(), islice(frames, count))
+
+# %% ../../nbs/32_predict.ipynb #c020
+def _work(source: _Source, parts: Parts, cfg: PredictConfig, model: Any, device: str, progress: bool) -> None:
+    last, done = parts.last(), sum(1 for _ in parts.rows())
+    if source.total is not None and done >= source.total: return
+    with ExitStack() as stack:
+        stop = stack.enter_context(_ended_by_hand(source.camera is not None))
+        frames = source.frames(cfg.stride, last.index if last else 0)
+        frames = stack.enter_context(ahead(_wanted(frames, last is not None, cfg.frames and cfg.frames - done, stop)))
+        stream = stack.enter_context(ahead(predict_frames(model, frames, cfg, device=device)))
+        bar = stack.enter_context(tqdm(None, "predict", source.total, initial=done, unit="frame", file=sys.stderr,
+                                       dynamic_ncols=True, disable=not progress))
+        while _next_part(stream, source, parts, cfg, bar): pass
+
+# %% ../../nbs/32_predict.ipynb #c022
+def _lost(source: _Source, parts: Parts, cfg: PredictConfig) -> list[dict]:
+    gone, expected = [], 0
+    for frame, _ in parts.rows():
+        gone += range(expected, frame.index, cfg.stride)
+        expected = frame.index + cfg.stride
+    if source.camera is None and cfg.frames is None:
+        gone += range(expected, source.film.frames if source.film else len(source.names), cfg.stride)
+    return [dict(frame=i, file_name=source.names[i] if source.names else source.path.name) for i in gone]
+
+def _join(source: _Source, parts: Parts, out: Path, cfg: PredictConfig) -> None:
+    times = [next(parts.rows(i))[0].t_s for i in range(parts.count)]
+    pieces = [(parts.path(".mp4", i), t - times[0]) for i, t in enumerate(times)]
+    end_s = parts.last().t_s - times[0] + cfg.stride / source.film.fps
+    sound = source.path if source.camera is None else None
+    try: join_videos(pieces, out, sound=sound, from_s=times[0], end_s=end_s)
+    except (ValueError, OSError, RuntimeError) as e:
+        warnings.warn(f"{source.path}: the sound cannot be read and is left out ({e})", stacklevel=2)
+        join_videos(pieces, out)
+
+def _finish(source: _Source, parts: Parts, out: Path, cfg: PredictConfig, facts: dict) -> None:
+    if source.film is not None and cfg.overlay: _join(source, parts, out / "overlay.mp4", cfg)
+    else: (out / "overlay.mp4").unlink(missing_ok=True)
+    drawn = parts.folder / "overlay"
+    if drawn.is_dir() or source.film is not None or not cfg.overlay: shutil.rmtree(out / "overlay", ignore_errors=True)
+    if drawn.is_dir(): os.replace(drawn, out / "overlay")
+    write_table(out / "predictions.csv", parts.rows())
+    info = facts | dict(lost=_lost(source, parts, cfg), finished=utc_now(), versions=versions())
+    write_predictions(out / "predictions.json", parts.rows(), info)
+    shutil.rmtree(parts.folder)
+
+# %% ../../nbs/32_predict.ipynb #c023
 def predict(
-    source: Path | str,  # an image, a folder of images, or a video
+    source: Path | str,  # an image, a folder of images, a video, or a webcam's number
     out: Path | str,  # folder for predictions.json, predictions.csv, and overlay.mp4 or overlay/
     cfg: PredictConfig | None = None,
     *,
@@ -139,24 +212,20 @@ def predict(
     device: str = "auto",
     progress: bool = True,
 ) -> Path:  # `out`
-    "Predict a source and write what was found."
-    cfg, out, source = cfg or PredictConfig(), Path(out), Path(source)
-    weights = find_weights(weights)
+    "Predict a source and write what was found; an interrupted prediction is continued."
+    cfg, out, weights = cfg or PredictConfig(), Path(out), find_weights(weights)
     if weights is None: raise FileNotFoundError("predict: expected weights, and the project has no starter weights here; "
                                                 "name a trained checkpoint")
-    if source.is_file() and not is_video(source): read_image(source)  # refused before anything is made
-    total, model, lost = count_source(source, cfg.stride), load_model(weights), []
-    facts = dict(source=source.name, weights_sha256=model_sha(weights), imgsz=cfg.imgsz or model.trained_imgsz,
-                 **cfg.model_dump(mode="json", exclude={"imgsz", "overlay"}))
-    with lock_folder(out), ExitStack() as stack:
-        frames = iter_source(source, cfg.stride, lost=lost)
-        stream = stack.enter_context(closing(predict_frames(model, frames, cfg, device=device)))
-        draw = _overlay(stack, source, out, cfg)
-        rows = []
-        for frame, image, poses in tqdm(stream, "predict", total, unit="frame", file=sys.stderr, dynamic_ncols=True,
-                                        disable=not progress):
-            rows.append((frame, poses)); draw(frame, draw_poses(image, poses) if cfg.overlay else image)
-        facts |= dict(lost_frames=[f.index for f in lost], finished=utc_now(), versions=versions())
-        write_predictions(out / "predictions.json", rows, facts)
-        atomic_write(out / "predictions.csv", predictions_table(rows).to_csv(index=False))
+    opened, backend = _open_source(Path(source), cfg), choose_backend(cfg.backend, device)
+    model = FastNetwork(weights) if backend == "openvino" else load_model(weights)
+    settings = cfg.model_dump(mode="json", exclude={"imgsz", "overlay", "checkpoint", "backend"})
+    facts = dict(source=opened.path.name, weights_sha256=model_sha(weights), imgsz=cfg.imgsz or model.trained_imgsz,
+                 backend=backend, **settings)
+    with lock_folder(out):
+        parts = Parts(out / ".partial", facts | dict(files=opened.identity(), overlay=cfg.overlay, checkpoint=cfg.checkpoint))
+        try: _work(opened, parts, cfg, model, device, progress)
+        finally:
+            if not parts.count: shutil.rmtree(parts.folder)
+        if not parts.count: raise RuntimeError(f"{source}: no frame came")
+        _finish(opened, parts, out, cfg, facts)
     return out
