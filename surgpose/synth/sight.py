@@ -71,6 +71,18 @@ def find_causes(
             for n, (tool, placed) in enumerate(zip(tools, scene.tools, strict=True), 1)]
 
 # %% ../../nbs/22d_sight.ipynb #c012
+def _glow() -> Any:
+    import bpy
+
+    glow = bpy.data.materials.get("glow") or bpy.data.materials.new("glow")
+    glow.use_nodes = True
+    nodes = glow.node_tree.nodes
+    nodes.clear()
+    out = nodes.new("ShaderNodeOutputMaterial")
+    glow.node_tree.links.new(nodes.new("ShaderNodeEmission").outputs["Emission"], out.inputs["Surface"])
+    return glow
+
+# %% ../../nbs/22d_sight.ipynb #c013
 @contextmanager
 def bare(
     bproc: Any,
@@ -80,7 +92,8 @@ def bare(
 
     scene, layer = bpy.context.scene, bpy.context.view_layer
     wanted = [(scene.cycles, "samples", 1), (scene.cycles, "max_bounces", 0), (scene.render, "use_motion_blur", False),
-              (scene.cycles, "use_denoising", False), (layer.cycles, "use_denoising", False)]
+              (scene.cycles, "use_denoising", False), (layer.cycles, "use_denoising", False),
+              (layer, "material_override", _glow())]
     wanted += [(t.blender_obj, "hide_render", True) for t in bproc.object.get_all_mesh_objects() if t.get_cp("clear")]
     before = [getattr(thing, name) for thing, name, _ in wanted]
     for thing, name, value in wanted: setattr(thing, name, value)
@@ -88,7 +101,7 @@ def bare(
     finally:
         for (thing, name, _), value in zip(wanted, before, strict=True): setattr(thing, name, value)
 
-# %% ../../nbs/22d_sight.ipynb #c013
+# %% ../../nbs/22d_sight.ipynb #c014
 def enable_depth(
     bproc: Any,
 ) -> None:
@@ -101,7 +114,7 @@ def enable_depth(
     for node in bpy.context.scene.node_tree.nodes:
         if node.type == "OUTPUT_FILE": node.format.color_depth = "32"
 
-# %% ../../nbs/22d_sight.ipynb #c014
+# %% ../../nbs/22d_sight.ipynb #c015
 def draw_bare(
     bproc: Any,
     *,
