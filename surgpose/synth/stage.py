@@ -63,7 +63,7 @@ def sample_room(
     split: str,
 ) -> World:
     "Draw what is all around a theatre."
-    if family == "trainer" and rng.random() < 0.5 and (cfg.hdri_dir or split in WORLDS):
+    if family == "trainer" and rng.random() < 0.35 and (cfg.hdri_dir or split in WORLDS):
         world = sample_world(rng, cfg, "hdri", split)
         return replace(world, strength=0.35 * world.strength)
     low, high = (0.1, 0.4) if family == "trainer" else (0.05, 0.2)
@@ -141,7 +141,7 @@ def operating_stage(
     limb = _over_origin(sample_limb(rng, split))
     heaps = [heaped_cloth(rng, split, side * rng.uniform(0.14, 0.30)) for side in (-1, 1) for _ in range(rng.integers(3))]
     turn = rigid(turned(rng.normal(0, 0.5), 0, 0))
-    solid = [replace(p, T_world_prop=turn @ p.T_world_prop) for p in (*limb, *heaps)] + [drape(rng, split, look="gown")]
+    solid = [replace(p, T_world_prop=turn @ p.T_world_prop) for p in (*limb, *heaps)] + [drape(rng, split, look="gown", size_m=2.4)]
     wound_m, bare = wound_points(solid[0]), ground_under(solid)
     wet = [blood(rng, split, over=solid[0]) for _ in range(rng.binomial(2, 0.6))]
     loose = [_scattered(rng, gauze(rng, split, bloody=float(rng.uniform(0, 0.8))), 0.09, 0.2) for _ in range(rng.integers(3))]
