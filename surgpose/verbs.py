@@ -18,7 +18,7 @@ from .config import (EvaluateConfig, PredictConfig, PseudoConfig, RefineConfig, 
 
 # %% auto #0
 __all__ = ['Out', 'Settings', 'Flat', 'VERBS', 'UsageError', 'as_usage', 'Verb', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs',
-           'Predict', 'Pseudo', 'Refine', 'Compare', 'Report', 'Run', 'Doctor']
+           'Predict', 'Export', 'Pseudo', 'Refine', 'Compare', 'Report', 'Run', 'Doctor']
 
 # %% ../nbs/91a_verbs.ipynb #c005
 class UsageError(ValueError):
@@ -162,11 +162,11 @@ class Runs(Verb):
 # %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
 class Predict(Verb):
-    """Find tools in an image, a folder of images, or a video.
+    """Find tools in an image, a folder of images, a video, or what a webcam shows.
 
     Example: surgpose predict clip.mp4 --weights runs/first/weights/best.pt --out runs/clip --imgsz 640 --stride 2
     """
-    source: Positional[Path]  # image, folder of images, or video
+    source: Positional[Path]  # image, folder of images, video, or a webcam's number, which runs until Ctrl-C
     predict: Annotated[PredictConfig, Flat] = PredictConfig()
     weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
     out: Out = None  # folder for predictions.json, .csv and overlay; `predictions` under PROJ_OUT or reports/ when absent
@@ -178,6 +178,23 @@ class Predict(Verb):
         return predict(self.source, out, self.predict, weights=self.weights, device=self.device)
 
 # %% ../nbs/91a_verbs.ipynb #c017
+@dataclass(frozen=True, kw_only=True)
+class Export(Verb):
+    """Write a network for other programs: ONNX, OpenVINO, or TensorRT.
+
+    Example: surgpose export --format openvino --out model
+    """
+    format: Literal["onnx", "openvino", "engine"]  # engine is TensorRT's, and wants the GPU it will run on
+    weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
+    out: Out = None  # folder for the network's files; `export` under PROJ_OUT or reports/ when absent
+    imgsz: int | None = None  # image size in px; the training size when absent
+    device: str = "cpu"  # cpu, or a GPU's number
+
+    def run(self) -> Path:
+        from surgpose.pose.openvino import export_files
+        return export_files(self.weights, self.place(self.out, "export"), self.format, imgsz=self.imgsz, device=self.device)
+
+# %% ../nbs/91a_verbs.ipynb #c018
 @dataclass(frozen=True, kw_only=True)
 class Pseudo(Verb):
     """Propose labels on an unlabelled video, with reasons for every doubt, and collect the sound frames.
@@ -197,7 +214,7 @@ class Pseudo(Verb):
         propose_labels(self.video, self.weights, out, self.pseudo, self.track, device=self.device)
         return out
 
-# %% ../nbs/91a_verbs.ipynb #c018
+# %% ../nbs/91a_verbs.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
 class Refine(Verb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
@@ -218,7 +235,7 @@ class Refine(Verb):
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
                       seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c019
+# %% ../nbs/91a_verbs.ipynb #c020
 @dataclass(frozen=True, kw_only=True)
 class Compare(Verb):
     """Compare two networks on rendered images and on a video, labelled or not.
@@ -241,7 +258,7 @@ class Compare(Verb):
                      device=self.device)
         return out / "compare.json"
 
-# %% ../nbs/91a_verbs.ipynb #c020
+# %% ../nbs/91a_verbs.ipynb #c021
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
     """Run a report notebook and write its page.
@@ -263,7 +280,7 @@ class Report(Verb):
         if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
         return page
 
-# %% ../nbs/91a_verbs.ipynb #c022
+# %% ../nbs/91a_verbs.ipynb #c023
 @dataclass(frozen=True, kw_only=True)
 class Run(Verb):
     """Do the whole job: render, train, evaluate, predict a video, adapt to it, compare, report.
@@ -301,7 +318,7 @@ class Run(Verb):
         if not ok: raise RuntimeError(f"not every phase finished; see {out / 'index.html'}")
         return out / "index.html"
 
-# %% ../nbs/91a_verbs.ipynb #c023
+# %% ../nbs/91a_verbs.ipynb #c024
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what this machine has and lacks, each with the line that mends it.
@@ -314,6 +331,6 @@ class Doctor(Verb):
         if not well: raise RuntimeError(f"something essential is missing\n{table}")
         return table
 
-# %% ../nbs/91a_verbs.ipynb #c024
-VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Pseudo, Refine,
+# %% ../nbs/91a_verbs.ipynb #c025
+VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Export, Pseudo, Refine,
                                                                 Compare, Report, Run, Doctor)}

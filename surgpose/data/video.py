@@ -80,7 +80,8 @@ class VideoWriter:
         if pts <= self._last:
             last_s = float(self._last * self._time_base)
             raise ValueError(f"write_video: expected a time after {last_s} s, of the last frame, got {t_s} s")
-        even = np.pad(image_bgr, ((0, self.height % 2), (0, self.width % 2), (0, 0)), mode="edge")
+        pad = ((0, self.height % 2), (0, self.width % 2), (0, 0))
+        even = np.pad(image_bgr, pad, mode="edge") if np.any(pad) else image_bgr
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(even), "bgr24")
         frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
         frame.pts, frame.time_base = pts, self._time_base

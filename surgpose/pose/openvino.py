@@ -23,12 +23,12 @@ import numpy as np
 from ..config import EvaluateConfig, PredictConfig
 from ..data.yolo import POINT_SHIFT
 from ..files import check_manifest, read_json, write_manifest
-from .model import load_model, model_sha, resolve_device, ultralytics
+from .model import find_weights, load_model, model_sha, resolve_device, ultralytics
 from ..schema import CLASSES, KEYPOINTS, Poses
 
 # %% auto #0
-__all__ = ['openvino', 'choose_backend', 'cache_root', 'export_network', 'cached_network', 'letterbox', 'read_output',
-           'FastNetwork']
+__all__ = ['openvino', 'choose_backend', 'cache_root', 'export_network', 'cached_network', 'export_files', 'letterbox',
+           'read_output', 'FastNetwork']
 
 # %% ../../nbs/32a_openvino.ipynb #c005
 def openvino() -> ModuleType:  # the package, ready for use
@@ -112,6 +112,27 @@ def cached_network(
     return folder
 
 # %% ../../nbs/32a_openvino.ipynb #c020
+def export_files(
+    weights: Path | str | None,  # a trained checkpoint; the project's starter weights when absent
+    out: Path | str,  # folder for NAME.xml and NAME.bin, NAME.onnx or NAME.engine
+    form: Literal["openvino", "onnx", "engine"],
+    *,
+    imgsz: int | None = None,  # image size in px; the training size when absent
+    device: str = "cpu",
+) -> Path:  # the network's file; the .xml of OpenVINO
+    "Export a network for other programs."
+    found, out = find_weights(weights), Path(out)
+    if found is None: raise FileNotFoundError("export: expected weights, and the project has no starter weights here")
+    if form == "engine" and resolve_device(device) == "cpu":
+        raise ValueError("export: TensorRT wants the GPU it will run on, got device 'cpu'; name one by --device")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
+        made = export_network(found, Path(scratch), form, imgsz=imgsz, device=device)
+        for suffix in (".bin", ".xml") if form == "openvino" else (made.suffix,):
+            os.replace(made.with_suffix(suffix), out / f"{found.stem}{suffix}")
+    return out / f"{found.stem}{made.suffix}"
+
+# %% ../../nbs/32a_openvino.ipynb #c023
 _STRIDE = 32  # px; the coarsest grid of the network
 
 def letterbox(
@@ -128,7 +149,7 @@ def letterbox(
     padded = cv2.copyMakeBorder(image_bgr, low[1], high[1], low[0], high[0], cv2.BORDER_CONSTANT, value=(114, 114, 114))
     return padded, np.array(low), inner / size
 
-# %% ../../nbs/32a_openvino.ipynb #c024
+# %% ../../nbs/32a_openvino.ipynb #c027
 def read_output(
     columns: np.ndarray,  # (4 + 2 + 15, N): box centre and size, class scores, keypoints
     cfg: PredictConfig | EvaluateConfig,
@@ -147,14 +168,14 @@ def read_output(
     points = columns[4 + n :, keep[best]].T.reshape(-1, len(KEYPOINTS), 3).astype(float)
     return Poses(label[best] + 1, score[best], box[best], points)
 
-# %% ../../nbs/32a_openvino.ipynb #c025
+# %% ../../nbs/32a_openvino.ipynb #c028
 def _back(poses: Poses, shift: np.ndarray, scale: np.ndarray, size: np.ndarray) -> Poses:
     def place(xy: np.ndarray) -> np.ndarray: return ((xy - shift) / scale).clip(0, size)
     low, high = place(poses.xywh_px[:, :2]), place(poses.xywh_px[:, :2] + poses.xywh_px[:, 2:])
     points = np.concatenate([place(poses.keypoints[..., :2]) - POINT_SHIFT, poses.keypoints[..., 2:]], -1)
     return Poses(poses.category_id, poses.score, np.concatenate([low, high - low], 1), points)
 
-# %% ../../nbs/32a_openvino.ipynb #c027
+# %% ../../nbs/32a_openvino.ipynb #c030
 class FastNetwork:
     "A trained network that OpenVINO runs."
 
