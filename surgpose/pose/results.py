@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['LOSSES', 'SCORES', 'read_run', 'fig_losses', 'fig_scores', 'fig_sigma_curve', 'score_table', 'class_table',
-           'keypoint_table', 'rank_images', 'worst_images', 'train_verdict']
+__all__ = ['LOSSES', 'SCORES', 'YARDSTICKS', 'read_run', 'fig_losses', 'fig_scores', 'fig_sigma_curve', 'score_table',
+           'class_table', 'pck_table', 'keypoint_table', 'confusion_table', 'fig_calibration', 'rank_images',
+           'worst_images', 'train_verdict']
 
 # %% ../../nbs/34_results.ipynb #c005
 def read_run(
@@ -92,31 +93,71 @@ def fig_sigma_curve(
     return fig
 
 # %% ../../nbs/34_results.ipynb #c013
+def _interval(row: dict, key: str) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+
 def score_table(
     measured: dict,  # metrics.json
-) -> pd.DataFrame:  # strict, lenient and box: AP, AP50, AP75, AR, and the interval of the strict AP
+) -> pd.DataFrame:  # strict, lenient and box: AP, AP50, AP75, AR as text, each with its 95 % interval
     "Lay strict and lenient scores side by side."
     names = {"strict": f"keypoints, sigma {measured['strict']['sigma']:g}",
              "lenient": f"keypoints, sigma {measured['lenient']['sigma']:g}", "box": "boxes"}
-    columns = ["AP", "AP_low", "AP_high", "AP50", "AP75", "AR"]
-    rows = [[label, *(measured[k].get(c) for c in columns)] for k, label in names.items()]
-    return pd.DataFrame(rows, columns=["what", "AP", "AP low", "AP high", "AP50", "AP75", "AR"])
+    columns = ["AP", "AP50", "AP75", "AR"]
+    rows = [[label, *("-" if measured[k].get(c) is None else f"{measured[k][c]:.3f}{_interval(measured[k], c)}" for c in columns)]
+            for k, label in names.items()]
+    return pd.DataFrame(rows, columns=["what", *columns])
 
 def class_table(
     measured: dict,  # metrics.json
-) -> pd.DataFrame:  # tool, n, AP, box AP50, PCK at 5 %
+) -> pd.DataFrame:  # tool, n, AP at both sigmas, box AP50, PCK at 5 %
     "Tell how well each class is met."
-    rows = [[r["tool"], r["n"], r["AP"], r["box_AP50"], r["pck05"]] for r in measured["per_class"]]
-    return pd.DataFrame(rows, columns=["tool", "n", "AP", "box AP50", "points within 5 %"])
+    strict, lenient = (f"AP, sigma {measured[k]['sigma']:g}" for k in ("strict", "lenient"))
+    rows = [[r["tool"], r["n"], r["AP"], r.get("lenient_AP"), r["box_AP50"], r["pck05"]] for r in measured["per_class"]]
+    return pd.DataFrame(rows, columns=["tool", "n", strict, lenient, "box AP50", "points within 5 %"])
+
+def pck_table(
+    measured: dict,  # metrics.json
+) -> pd.DataFrame:  # within (share of the box diagonal, %), points, low, high, n
+    "Tell which share of the points lies within 2, 5 and 10 % of the tool's box diagonal; those of missed tools do not."
+    rows = [[f"{100 * p['share']:g} %", p["value"], p["low"], p["high"], p["n"]] for p in measured["pck"]]
+    return pd.DataFrame(rows, columns=["within", "share of points", "low", "high", "n"])
 
 def keypoint_table(
     measured: dict,  # metrics.json
-) -> pd.DataFrame:  # keypoint, median and mean error in px, n
+) -> pd.DataFrame:  # keypoint, median and mean error in px with the median's interval, n
     "Tell how far off each keypoint is, where its tool was found."
-    rows = [[name, r["median_px"], r["mean_px"], r["n"]] for name, r in measured["pixel"].items()]
-    return pd.DataFrame(rows, columns=["keypoint", "median px", "mean px", "n"])
+    rows = [[name, r["median_px"], r.get("median_px_low"), r.get("median_px_high"), r["mean_px"], r["n"]]
+            for name, r in measured["pixel"].items()]
+    return pd.DataFrame(rows, columns=["keypoint", "median px", "low", "high", "mean px", "n"])
 
-# %% ../../nbs/34_results.ipynb #c017
+def confusion_table(
+    measured: dict,  # metrics.json
+) -> pd.DataFrame:  # true classes by found classes, the background last of each
+    "Lay out what was taken for what."
+    table = measured["confusion"]
+    return pd.DataFrame(table["counts"], index=[f"is {n}" for n in table["names"]], columns=[f"taken for {n}" for n in table["names"]])
+
+# %% ../../nbs/34_results.ipynb #c018
+YARDSTICKS = {"box": "box IoU above .5", "strict": "OKS above .5, sigma {:g}", "lenient": "OKS above .5, sigma {:g}"}
+
+@style()
+def fig_calibration(
+    measured: dict,  # metrics.json
+) -> Figure:
+    "Draw the share of right detections over their score."
+    fig, ax = new_figure(height_in=3.0)
+    ax.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--")
+    for name, c in measured["calibration"].items():
+        label = YARDSTICKS[name].format(measured.get(name, {}).get("sigma", np.nan))
+        error = "n/a" if c["ece"] is None else f"{c['ece']:.2f}"
+        ax.plot([b["score"] for b in c["bins"]], [b["right"] for b in c["bins"]], marker="o", label=f"{label}: error {error}")
+    n, least = next(((c["n"], c["min_score"]) for c in measured["calibration"].values()), (0, 0.1))
+    ax.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02), title=f"n = {n} detections with a score from {least:g}")
+    ax.legend(loc="upper left")
+    return fig
+
+# %% ../../nbs/34_results.ipynb #c022
 def rank_images(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
@@ -148,7 +189,7 @@ def _with_points(truth: dict) -> dict:
 def _how_bad(share: float) -> str:
     return f"off by {100 * share:.0f} % of the box" if np.isfinite(share) else "a tool is missed"
 
-# %% ../../nbs/34_results.ipynb #c018
+# %% ../../nbs/34_results.ipynb #c023
 def worst_images(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
@@ -175,7 +216,7 @@ def worst_images(
         captions += [*(_how_bad(ranked[i]) for i in row), *[""] * len(blank), *["found"] * len(row), *[""] * len(blank)]
     return contact_sheet(cells, columns=min(columns, len(order)), width=width, captions=captions, legend=True)
 
-# %% ../../nbs/34_results.ipynb #c022
+# %% ../../nbs/34_results.ipynb #c027
 def _weakest(measured: dict) -> str:
     found = [(r["median_px"], k) for k, r in measured["pixel"].items() if r["n"]]
     if not found: return " No tool was found well enough to measure its points."
@@ -188,7 +229,7 @@ def _trend(table: pd.DataFrame) -> str:
     late, before = table[column].iloc[-tail:].mean(), table[column].iloc[-2 * tail : -tail].mean()
     return " It was still improving when training ended." if late > 1.1 * before + 0.005 else ""
 
-# %% ../../nbs/34_results.ipynb #c023
+# %% ../../nbs/34_results.ipynb #c028
 def train_verdict(
     table: pd.DataFrame,  # results.csv
     measured: dict,  # metrics.json

@@ -110,6 +110,7 @@ class Labelled:
     source: Path  # folder of the images, or the video
     truth: dict | TipTracks
     size: tuple[int, int] | None = None  # width and height in px that pictures are brought to
+    listed: bool = False  # file names were found on the disk, not read from a file, so links may lead anywhere
 
     def __len__(self) -> int:
         if isinstance(self.truth, TipTracks): return len(set(np.asarray(self.truth.frame).tolist()))
@@ -119,7 +120,7 @@ class Labelled:
         "Read the labelled pictures; `index` is the image's id, or the frame's number for tips."
         if is_video(self.source): yield from self._video(); return
         for im in self.truth["images"]:
-            image = read_image(safe_join(self.source, im["file_name"]))
+            image = read_image(self.source / im["file_name"] if self.listed else safe_join(self.source, im["file_name"]))
             if self.size: image = cv2.resize(image, self.size)
             yield Frame(im["file_name"], image.shape[1], image.shape[0], im["id"]), image
 
@@ -141,7 +142,8 @@ def open_labelled(
     if not data.exists(): raise FileNotFoundError(f"{data}: expected labelled images or a labelled video, there is none")
     if not is_video(data):
         coco, root = load_truth(data if truth is None else truth, split)
-        return Labelled(data if truth and data.is_dir() else root, resize_truth(coco, size) if size else coco, size)
+        listed = truth is None and (data.suffix in (".yaml", ".yml") or data.is_dir() and not (data / "coco_annotations.json").is_file())
+        return Labelled(data if truth and data.is_dir() else root, resize_truth(coco, size) if size else coco, size, listed)
     path = Path(truth) if truth else find_truth(data)
     if path is None:
         raise FileNotFoundError(f"{data}: expected labels beside it, {data.stem}_coco.json or {data.stem}.xml from CVAT, "
