@@ -28,7 +28,7 @@ _all_ = ["RenderConfig", "Section"]
 class TrainConfig(Section):
     "How a network is trained. The optimiser is AdamW with a cosine schedule, always."
     model: str = Field("yolov8n-pose", description="name of an Ultralytics pose model, or a path to its YAML")
-    weights_init: Path | None = Field(None, description="initial weights: a .pt checkpoint or a plain state dict; data/weights when absent")
+    weights_init: Path | None = Field(None, description="initial weights: a .pt checkpoint or a plain state dict, scratch for none, download for Ultralytics' own; data/weights when absent")
     imgsz: int = Field(320, ge=32, multiple_of=32, description="training image size in px, longer side")
     epochs: int = Field(8, ge=1, description="passes over the training images")
     batch: int = Field(8, ge=1, description="images per step; gradients are not accumulated")
@@ -48,7 +48,8 @@ class TrainConfig(Section):
     multi_scale: float = Field(0.0, ge=0, lt=1, description="vary imgsz from batch to batch by up to this share")
     mosaic: float = Field(0.2, ge=0, le=1, description="chance of a four-image mosaic; off in the last fifth of the epochs")
     hsv: tuple[float, float, float] = Field((0.015, 0.5, 0.4), description="random hue, saturation and value, as shares")
-    workers: int = Field(2, ge=0, description="data loading processes")
+    workers: int = Field(2, ge=0, description="data loading processes beside a GPU; a CPU loads in the training's own process")
+    max_broken: float = Field(0.01, ge=0, lt=1, description="share of images that may be damaged and are left out; with more the training is refused")
 
 # %% ../nbs/01_config.ipynb #c008
 class EvaluateConfig(Section):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ultralytics import YOLO
 
 # %% auto #0
-__all__ = ['SCRATCH', 'cpu_threads', 'ultralytics', 'resolve_device', 'read_weights', 'find_weights', 'build_model',
-           'write_weights', 'load_model', 'model_sha']
+__all__ = ['SCRATCH', 'DOWNLOAD', 'cpu_threads', 'ultralytics', 'resolve_device', 'memory_in_use', 'read_weights', 'find_weights',
+           'build_model', 'write_weights', 'load_model', 'model_sha']
 
 # %% ../../nbs/30a_model.ipynb #c005
 def cpu_threads() -> int:  # at least 1
@@ -31,7 +31,10 @@ def cpu_threads() -> int:  # at least 1
     if told.isdigit() and int(told): return int(told)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../../nbs/30a_model.ipynb #c008
+# %% ../../nbs/30a_model.ipynb #c006
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# %% ../../nbs/30a_model.ipynb #c009
 def ultralytics() -> ModuleType:  # the package, ready for use
     "Import Ultralytics offline and quiet, with the restricted unpickler."
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose" / "ultralytics"
@@ -57,7 +60,7 @@ def ultralytics() -> ModuleType:  # the package, ready for use
     if SETTINGS.get("sync"): SETTINGS.update(sync=False)
     return module
 
-# %% ../../nbs/30a_model.ipynb #c012
+# %% ../../nbs/30a_model.ipynb #c013
 def resolve_device(
     device: str = "auto",  # auto, cpu, a GPU's number, or several like 0,1
 ) -> str:  # cpu, or GPU numbers, as Ultralytics takes them
@@ -76,7 +79,21 @@ def resolve_device(
         raise ValueError(f"device: GPU {', '.join(missing)} was asked for, this machine has {count}; use auto or cpu")
     return ",".join(numbers)
 
-# %% ../../nbs/30a_model.ipynb #c016
+# %% ../../nbs/30a_model.ipynb #c017
+def memory_in_use(
+    device: str = "cpu",  # as `resolve_device` gives it; of several GPUs the first is looked at
+) -> str:  # like "7.1 of 15.6 GiB of memory are in use"
+    "Say how full a device's memory is."
+    import psutil
+    import torch
+
+    if device == "cpu":
+        memory = psutil.virtual_memory()
+        free, total, what = memory.available, memory.total, "memory"
+    else: (free, total), what = torch.cuda.mem_get_info(int(device.split(",")[0])), "the GPU's memory"
+    return f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB of {what} are in use"
+
+# %% ../../nbs/30a_model.ipynb #c020
 def read_weights(
     path: Path | str,  # a .pt file
 ) -> dict[str, Any]:  # a checkpoint with its network under `model`, or names and tensors
@@ -99,26 +116,30 @@ def read_weights(
     if data and all(isinstance(v, torch.Tensor) for v in data.values()): return data
     raise ValueError(f"{wanted}, got entries {', '.join(map(str, data))[:80]} and no network among them")
 
-# %% ../../nbs/30a_model.ipynb #c021
-SCRATCH = "scratch"
+# %% ../../nbs/30a_model.ipynb #c025
+SCRATCH, DOWNLOAD = "scratch", "download"
 
 def find_weights(
-    path: Path | str | None,  # a .pt file, the word scratch, or nothing
+    path: Path | str | None,  # a .pt file, the word scratch, the word download, or nothing
     model: str = "yolov8n-pose",  # name of the network; picks the starter weights
 ) -> Path | None:  # nothing: start from random numbers
     "Choose the initial weights."
     if path is not None and str(path) == SCRATCH: return None
+    if path is not None and str(path) == DOWNLOAD:
+        from surgpose.pose.download import fetch_weights, weights_cache
+
+        return fetch_weights(model, weights_cache())
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: expected a .pt file of initial weights, there is none; "
-                                    f"leave it out to use the starter weights, or say {SCRATCH!r}")
+                                    f"leave it out to use the starter weights, or say {SCRATCH!r} or {DOWNLOAD!r}")
         return Path(path)
     try: starters = project_root() / "data" / "weights"
     except FileNotFoundError: return None
     size = Path(model).stem.removesuffix("-pose")[-1:]
     return next((p for p in [starters / f"surgpose-{size}.pt"] if p.is_file() and "v8" in model), None)
 
-# %% ../../nbs/30a_model.ipynb #c025
+# %% ../../nbs/30a_model.ipynb #c029
 def _name_outputs(model: Any) -> None:
     model.names = dict(enumerate(CLASSES))
     model.kpt_shape, model.kpt_oks_sigmas = [len(KEYPOINTS), 3], list(SIGMAS)
@@ -133,7 +154,7 @@ def _carry_over(model: Any, weights: Path | str) -> set[str]:
     model.load_state_dict({k: source[k].float() for k in fits}, strict=False)
     return set(fits)
 
-# %% ../../nbs/30a_model.ipynb #c026
+# %% ../../nbs/30a_model.ipynb #c030
 def build_model(
     model: str = "yolov8n-pose",  # name of an Ultralytics pose model, or a path to its YAML
     weights: Path | str | None = None,  # initial weights; nothing for random ones
@@ -155,7 +176,7 @@ def build_model(
                       "images and epochs; name some with weights_init", stacklevel=2)
     return yolo, carried
 
-# %% ../../nbs/30a_model.ipynb #c030
+# %% ../../nbs/30a_model.ipynb #c034
 def write_weights(
     path: Path | str,
     model: Any,  # a pose network, as read from a checkpoint
@@ -174,7 +195,7 @@ def write_weights(
     with atomic_path(path) as tmp: torch.save(checkpoint, tmp)
     return Path(path)
 
-# %% ../../nbs/30a_model.ipynb #c032
+# %% ../../nbs/30a_model.ipynb #c036
 def load_model(
     weights: Path | str,  # a checkpoint of a network trained on the schema's classes and keypoints
 ) -> YOLO:
@@ -190,7 +211,7 @@ def load_model(
     yolo.trained_imgsz = int(data.get("train_args", {}).get("imgsz") or 640)
     return yolo
 
-# %% ../../nbs/30a_model.ipynb #c034
+# %% ../../nbs/30a_model.ipynb #c038
 def model_sha(
     weights: Path | str,  # a .pt file
 ) -> str:  # hex digest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['SHRINK_UNTIL', 'sigma_at', 'set_sigma', 'transpose_batch', 'boost_groups', 'fresh_head', 'dataset_facts',
-           'trainer_class', 'ultralytics_settings', 'Progress']
+__all__ = ['SHRINK_UNTIL', 'sigma_at', 'set_sigma', 'sigma_of', 'transpose_batch', 'boost_groups', 'fresh_head', 'dataset_facts',
+           'trainer_class', 'ultralytics_settings', 'leads', 'Progress', 'Curves']
 
 # %% ../../nbs/30b_recipe.ipynb #c005
 SHRINK_UNTIL = 0.7  # share of the epochs after which the sigma rests
@@ -52,7 +53,15 @@ def set_sigma(
         for owner in (loss.keypoint_loss, loss.assigner):
             if hasattr(owner, "sigmas"): owner.sigmas = torch.full_like(owner.sigmas, sigma)
 
-# %% ../../nbs/30b_recipe.ipynb #c013
+# %% ../../nbs/30b_recipe.ipynb #c010
+def sigma_of(
+    model: Any,  # the network in training, unwrapped
+) -> float:  # that of the first keypoint
+    "Tell the sigma of a network's keypoint loss."
+    loss = getattr(model.criterion, "one2many", model.criterion)
+    return float(loss.keypoint_loss.sigmas[0])
+
+# %% ../../nbs/30b_recipe.ipynb #c014
 def transpose_batch(
     batch: dict[str, Any],  # img (B, 3, S, S); bboxes (N, 4) and keypoints (N, 5, 3) as shares of the image
 ) -> dict[str, Any]:  # the same batch with x and y swapped
@@ -62,7 +71,7 @@ def transpose_batch(
     return {**batch, "img": batch["img"].transpose(-1, -2).contiguous(), "keypoints": keypoints,
             "bboxes": batch["bboxes"][:, [1, 0, 3, 2]]}
 
-# %% ../../nbs/30b_recipe.ipynb #c017
+# %% ../../nbs/30b_recipe.ipynb #c018
 def boost_groups(
     groups: list[dict],  # an optimiser's parameter groups
     fresh: set[int],  # `id` of the parameters to boost
@@ -76,7 +85,7 @@ def boost_groups(
             if params: out.append({**group, "params": params, "lr": group["lr"] * rate})
     return out
 
-# %% ../../nbs/30b_recipe.ipynb #c021
+# %% ../../nbs/30b_recipe.ipynb #c022
 def fresh_head(
     model: Any,  # a pose network
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -86,7 +95,7 @@ def fresh_head(
     names = {k for k, _ in model.named_parameters() if k.startswith(head)}
     return names - carried
 
-# %% ../../nbs/30b_recipe.ipynb #c024
+# %% ../../nbs/30b_recipe.ipynb #c025
 def dataset_facts(
     data_yaml: Path,  # a YOLO-pose data.yaml
 ) -> dict:  # the mapping, with absolute paths and what Ultralytics adds to it
@@ -99,7 +108,7 @@ def dataset_facts(
     return {**data, "path": root, "names": names, "nc": len(names), "channels": 3, "yaml_file": str(data_yaml),
             "train": absolute(data["train"]), "val": absolute(data["val"])}
 
-# %% ../../nbs/30b_recipe.ipynb #c026
+# %% ../../nbs/30b_recipe.ipynb #c027
 def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
     places = trainer.last, trainer.best
     trainer.last, trainer.best = (p.with_suffix(".tmp") for p in places)
@@ -109,7 +118,7 @@ def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
         if tmp.exists(): os.replace(tmp, place)
     return saved
 
-# %% ../../nbs/30b_recipe.ipynb #c027
+# %% ../../nbs/30b_recipe.ipynb #c028
 def trainer_class(
     cfg: TrainConfig,
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -140,7 +149,7 @@ def trainer_class(
 
     return ToolTrainer
 
-# %% ../../nbs/30b_recipe.ipynb #c030
+# %% ../../nbs/30b_recipe.ipynb #c031
 def ultralytics_settings(
     cfg: TrainConfig,
     seed: int = 0,
@@ -156,7 +165,12 @@ def ultralytics_settings(
         fliplr=cfg.fliplr, flipud=cfg.flipud, scale=cfg.scale, translate=cfg.translate, mosaic=cfg.mosaic,
         close_mosaic=cfg.epochs // 5, hsv_h=hsv_h, hsv_s=hsv_s, hsv_v=hsv_v, exist_ok=True)
 
-# %% ../../nbs/30b_recipe.ipynb #c034
+# %% ../../nbs/30b_recipe.ipynb #c035
+def leads() -> bool:  # false in all processes but one of a training on several GPUs
+    "Tell whether this process speaks for the training."
+    return os.environ.get("RANK", "-1") in ("-1", "0")
+
+# %% ../../nbs/30b_recipe.ipynb #c036
 class Progress:
     "A bar that follows a training through Ultralytics' callbacks."
 
@@ -169,7 +183,7 @@ class Progress:
     def on_train_start(self, trainer: Any) -> None:
         n = len(trainer.train_loader)
         self.bar = tqdm(total=trainer.epochs * n, initial=trainer.start_epoch * n, unit="batch", file=sys.stderr,
-                        dynamic_ncols=True, disable=not self.show, desc="train")
+                        dynamic_ncols=True, disable=not (self.show and leads()), desc="train")
 
     def on_train_batch_end(self, trainer: Any) -> None:
         self.bar.set_description(f"train {trainer.epoch + 1}/{trainer.epochs}", refresh=False)
@@ -183,3 +197,32 @@ class Progress:
 
     def teardown(self, trainer: Any) -> None:
         if self.bar is not None: self.bar.close()
+
+# %% ../../nbs/30b_recipe.ipynb #c040
+class Curves:
+    "Event files for TensorBoard, written through Ultralytics' callbacks."
+
+    def __init__(
+        self,
+        folder: Path,  # where the event files go
+    ) -> None:
+        self.folder, self.writer = folder, None
+
+    def on_train_start(self, trainer: Any) -> None:
+        if not leads(): return
+        try: from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            warnings.warn(f"train: no curves for TensorBoard, only results.csv ({e}); pip install tensorboard", stacklevel=2)
+        else: self.writer = SummaryWriter(str(self.folder), purge_step=trainer.start_epoch + 1)
+
+    def on_fit_epoch_end(self, trainer: Any) -> None:
+        if self.writer is None: return
+        from ultralytics.utils.torch_utils import unwrap_model
+
+        losses, sigma = trainer.label_loss_items(trainer.tloss), sigma_of(unwrap_model(trainer.model))
+        for name, value in {**losses, **trainer.metrics, **trainer.lr, "sigma": sigma}.items():
+            self.writer.add_scalar(name, float(value), trainer.epoch + 1)
+        self.writer.flush()
+
+    def teardown(self, trainer: Any) -> None:
+        if self.writer is not None: self.writer.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -16,27 +17,58 @@ from typing import Any
 import yaml
 
 from ..config import TrainConfig
-from ..data.coco import read_coco, split_coco
+from ..data.coco import check_image, read_coco, split_coco
 from ..data.yolo import read_yolo, write_yolo
-from ..files import atomic_write, code_hash, hash_data, lock_folder, read_json, utc_now, versions, write_json
-from .model import (build_model, find_weights, model_sha, read_weights, resolve_device, write_weights)
-from .recipe import (Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
+from ..files import (atomic_write, code_hash, hash_data, lock_folder, read_json, safe_join, utc_now, versions,
+                            write_json)
+from .model import (build_model, find_weights, memory_in_use, model_sha, read_weights, resolve_device,
+                                 write_weights)
+from .recipe import (Curves, Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
                                   ultralytics_settings)
 from ..schema import CLASSES
 
 # %% auto #0
-__all__ = ['load_splits', 'run_facts', 'train']
+__all__ = ['leave_out_broken', 'load_splits', 'run_facts', 'train']
 
 # %% ../../nbs/30_train.ipynb #c006
+def leave_out_broken(
+    coco: dict,
+    root: Path,  # folder of its file names
+    most: float = 0.0,  # share of images that may be damaged
+) -> dict:  # without the damaged images and what is labelled in them
+    "Decode all images; leave out the damaged ones, and refuse too many."
+    broken: dict[int, str] = {}
+    for im in coco["images"]:
+        path, told = safe_join(root, im["file_name"]), (im["width"], im["height"])
+        try: got = check_image(path)
+        except (ValueError, FileNotFoundError) as e: broken[im["id"]] = str(e)
+        else:
+            if got != told: broken[im["id"]] = f"{path}: expected {told} px as its labels say, got {got}"
+    if not broken: return coco
+    found = f"{root}: {len(broken)} of {len(coco['images'])} images are damaged; the first is {next(iter(broken.values()))}"
+    if len(broken) > most * len(coco["images"]):
+        raise ValueError(f"{found}; put them right, or in a dataset folder allow more by train.max_broken (now {most:g})")
+    warnings.warn(f"{found}; left out", stacklevel=3)
+    return {**coco, "images": [im for im in coco["images"] if im["id"] not in broken],
+            "annotations": [a for a in coco["annotations"] if a["image_id"] not in broken]}
+
+# %% ../../nbs/30_train.ipynb #c008
+def _read_checked(data: Path, max_broken: float) -> dict[str, dict]:
+    if data.is_dir():
+        coco = leave_out_broken(read_coco(data / "coco_annotations.json"), data, max_broken)
+        return {name: split_coco(coco, name) for name in ("train", "val")}
+    splits, root = read_yolo(data), dataset_facts(data.resolve())["path"]
+    if not root.is_dir(): root = data.resolve().parent  # it has moved
+    return {name: leave_out_broken(split, root.resolve()) for name, split in splits.items()}
+
+# %% ../../nbs/30_train.ipynb #c009
 def load_splits(
     data: Path | str,  # a dataset folder whose images have a `split`, or a data.yaml
+    max_broken: float = 0.01,  # share of a dataset folder's images that may be damaged
 ) -> dict[str, dict]:  # train and val -> a COCO file as plain dicts
     "Read and check what a training needs."
     data = Path(data)
-    if data.is_dir():
-        coco = read_coco(data / "coco_annotations.json", check_images=True)
-        splits = {name: split_coco(coco, name) for name in ("train", "val")}
-    elif data.suffix in (".yaml", ".yml") and data.is_file(): splits = read_yolo(data)
+    if data.is_dir() or (data.suffix in (".yaml", ".yml") and data.is_file()): splits = _read_checked(data, max_broken)
     else: raise FileNotFoundError(f"{data}: expected a dataset folder or a data.yaml, there is none")
     for name in ("train", "val"):
         images, labels = splits.get(name, {}).get("images", []), splits.get(name, {}).get("annotations", [])
@@ -49,7 +81,7 @@ def load_splits(
     if absent: warnings.warn(f"{data}: no {' and no '.join(absent)} to learn from", stacklevel=2)
     return splits
 
-# %% ../../nbs/30_train.ipynb #c011
+# %% ../../nbs/30_train.ipynb #c014
 def run_facts(
     cfg: TrainConfig,
     seed: int,
@@ -57,11 +89,11 @@ def run_facts(
     weights: Path | None,  # initial weights
 ) -> dict:  # what decides the outcome
     "Collect what makes two trainings the same."
-    recipe = cfg.model_dump(mode="json", exclude={"weights_init", "workers"})
+    recipe = cfg.model_dump(mode="json", exclude={"weights_init", "workers", "max_broken"})
     return dict(train=recipe, seed=seed, data_hash=hash_data(splits),
                 weights_sha256=model_sha(weights) if weights else "scratch")
 
-# %% ../../nbs/30_train.ipynb #c013
+# %% ../../nbs/30_train.ipynb #c016
 def _claim_folder(out: Path, facts: dict) -> None:
     path = out / "config.yaml"
     if path.is_file():
@@ -73,7 +105,7 @@ def _claim_folder(out: Path, facts: dict) -> None:
                                     "choose another folder, or delete this one")
     else: atomic_write(path, yaml.safe_dump(facts, sort_keys=False))
 
-# %% ../../nbs/30_train.ipynb #c016
+# %% ../../nbs/30_train.ipynb #c019
 def _adopt_yolo(data_yaml: Path, target: Path) -> None:
     facts = dataset_facts(data_yaml.resolve())
     if list(facts["names"].values()) != list(CLASSES):
@@ -82,7 +114,7 @@ def _adopt_yolo(data_yaml: Path, target: Path) -> None:
     facts = {**{k: v for k, v in facts.items() if k != "yaml_file"}, "path": str(facts["path"])}
     atomic_write(target, yaml.safe_dump(facts))
 
-# %% ../../nbs/30_train.ipynb #c017
+# %% ../../nbs/30_train.ipynb #c020
 def _prepare(
     work: Path, data: Path, splits: dict, cfg: TrainConfig, weights: Path | None, seed: int
 ) -> tuple[set[str], int, int]:
@@ -104,7 +136,7 @@ def _prepare(
     done = int(read_weights(last)["epoch"]) + 1 if last.is_file() else 0
     return set(known["carried"]), known["total"], done
 
-# %% ../../nbs/30_train.ipynb #c019
+# %% ../../nbs/30_train.ipynb #c022
 def _shrink_sigma(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
     from ultralytics.utils.torch_utils import unwrap_model
 
@@ -116,26 +148,42 @@ def _stop_at_nan(trainer: Any, cfg: TrainConfig) -> None:
     if bad: raise RuntimeError(f"train: {', '.join(bad)} is not a number in epoch {trainer.epoch + 1}; lower train.lr0 "
                                f"(now {cfg.lr0:g}) and choose a new folder")
 
-# %% ../../nbs/30_train.ipynb #c020
+# %% ../../nbs/30_train.ipynb #c024
+def _check_resumed(trainer: Any, done: int) -> None:
+    steps = [float(s.get("step", 0)) for s in trainer.optimizer.state.values()]
+    if trainer.start_epoch == done and steps and max(steps) > 0: return
+    raise RuntimeError(f"{trainer.last}: expected the state after epoch {done} to go on from, got epoch "
+                       f"{trainer.start_epoch} and {len(steps)} moments of the optimiser; choose another folder")
+
+# %% ../../nbs/30_train.ipynb #c025
+def _explain(error: Exception, cfg: TrainConfig, device: str) -> RuntimeError | None:
+    said = str(error).lower()
+    if isinstance(error, subprocess.CalledProcessError):
+        return RuntimeError(f"train: a process on one of the GPUs {device} failed with {error.returncode}; its own message "
+                            "stands above; with device=0 it would stand here")
+    if not isinstance(error, MemoryError) and "out of memory" not in said and "allocate memory" not in said: return None
+    return RuntimeError(f"train: out of memory with batch {cfg.batch} at {cfg.imgsz} px ({memory_in_use(device)}); halve "
+                        f"train.batch to {max(1, cfg.batch // 2)}, or lower train.imgsz, and choose a new folder")
+
+# %% ../../nbs/30_train.ipynb #c028
 def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: dict, progress: bool) -> None:
     last = work / "run" / "weights" / "last.pt"
     start = dict(resume=str(last), model=str(last)) if done else dict(model=str(work / "start.pt"))
     settings = {**settings, **start, "data": str(work / "yolo" / "data.yaml"), "save_dir": str(work / "run")}
     trainer = trainer_class(cfg, carried)(overrides=settings)
-    show = Progress(progress)
-    for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "teardown"):
-        trainer.add_callback(event, getattr(show, event))
+    for follower in (Progress(progress), Curves(work.parent / "tensorboard")):
+        for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "teardown"):
+            if hasattr(follower, event): trainer.add_callback(event, getattr(follower, event))
+    if done: trainer.add_callback("on_train_start", functools.partial(_check_resumed, done=done))
     trainer.add_callback("on_train_epoch_end", functools.partial(_stop_at_nan, cfg=cfg))
     trainer.add_callback("on_train_epoch_start", functools.partial(_shrink_sigma, cfg=cfg, carried=carried))
     try: trainer.train()
-    except (RuntimeError, MemoryError) as e:
-        if "out of memory" not in str(e).lower() and not isinstance(e, MemoryError): raise
-        raise RuntimeError(f"train: out of memory with batch {cfg.batch} at {cfg.imgsz} px; halve train.batch "
-                           f"to {max(1, cfg.batch // 2)}, or lower train.imgsz, and choose a new folder") from e
+    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as e:
+        raise _explain(e, cfg, settings["device"]) or e from e
     if trainer.batch_size != cfg.batch:
         warnings.warn(f"train: memory was enough for batches of {trainer.batch_size} only, not {cfg.batch}", stacklevel=3)
 
-# %% ../../nbs/30_train.ipynb #c022
+# %% ../../nbs/30_train.ipynb #c030
 def _finish(out: Path, work: Path, cfg: TrainConfig, facts: dict, more: dict) -> None:
     import pandas as pd
 
@@ -153,7 +201,7 @@ def _finish(out: Path, work: Path, cfg: TrainConfig, facts: dict, more: dict) ->
         versions=versions()))
     shutil.rmtree(work, ignore_errors=True)
 
-# %% ../../nbs/30_train.ipynb #c023
+# %% ../../nbs/30_train.ipynb #c031
 def train(
     data: Path | str,  # a dataset folder whose images have a `split`, or a data.yaml
     out: Path | str,  # the run folder
@@ -162,10 +210,13 @@ def train(
     seed: int = 0,
     device: str = "auto",  # auto, cpu, a GPU's number, or several like 0,1
     progress: bool = True,
-) -> Path:  # the run folder: config.yaml, weights/best.pt, weights/last.pt, results.csv, provenance.json
+) -> Path:  # the run folder: config.yaml, weights/best.pt, weights/last.pt, results.csv, tensorboard/, provenance.json
     "Train a network, or go on with a training that was broken off."
     cfg, out, started = cfg or TrainConfig(), Path(out), time.monotonic()
-    device, weights, splits = resolve_device(device), find_weights(cfg.weights_init, cfg.model), load_splits(data)
+    device, weights = resolve_device(device), find_weights(cfg.weights_init, cfg.model)
+    if cfg.batch % (gpus := len(device.split(","))):
+        raise ValueError(f"train.batch: expected a multiple of the {gpus} GPUs, got {cfg.batch}")
+    splits = load_splits(data, cfg.max_broken)
     facts = run_facts(cfg, seed, splits, weights)
     if weights: read_weights(weights)  # a file that is none is refused before the folder is made
     with lock_folder(out):
