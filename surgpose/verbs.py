@@ -118,27 +118,23 @@ class Train(Verb):
 class Evaluate(Verb):
     """Score a network on whatever is labelled: images, boxes alone, a video with labels or tips.
 
-    A video's labels lie beside it, clip_coco.json or clip.xml from CVAT, or are named by --truth.
-
     Example: surgpose evaluate --weights runs/first/weights/best.pt --data data/mine --out runs/first
     """
     data: Path  # dataset folder, data.yaml, folder with images/ and labels/ of boxes, or a video
     weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
     evaluate: Annotated[EvaluateConfig, Flat] = EvaluateConfig()
-    truth: Path | None = None  # labels that do not lie beside the data: COCO JSON, CVAT XML
+    truth: Path | None = None  # labels that do not lie beside a video (clip_coco.json, clip.xml): COCO JSON, CVAT XML
     split: Literal["val", "train", "all"] = "val"  # which images of the dataset
     elsewhere: bool = False  # measure on the sample clip and on the shared real footage as well, into evaluations/
     out: Out = None  # folder for metrics.json; `evaluation` under PROJ_OUT or reports/ when absent
     device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
 
     def run(self) -> Path:
-        from surgpose.pose.evaluate import evaluate
+        from surgpose.pose.evaluations import evaluate, evaluate_elsewhere
         out = self.place(self.out, "evaluation")
         evaluate(self.weights, self.data, out, self.evaluate, device=self.device, truth=self.truth,
                  split=None if self.split == "all" else self.split)
-        if self.elsewhere:
-            from surgpose.pose.evaluations import evaluate_elsewhere
-            evaluate_elsewhere(self.weights, out, self.evaluate, device=self.device)
+        if self.elsewhere: evaluate_elsewhere(self.weights, out, self.evaluate, device=self.device)
         return out / "metrics.json"
 
 # %% ../nbs/91a_verbs.ipynb #c015
@@ -152,12 +148,8 @@ class Runs(Verb):
     out: Out = None  # folder for runs.csv; nothing is written when absent
 
     def run(self) -> str:
-        from surgpose.pose.runs import runs_table
-        table = runs_table(self.folders)
-        if self.out is not None:
-            from surgpose.files import atomic_write
-            atomic_write(self.out / "runs.csv", table.to_csv(index=False).encode())
-        return table.to_string(index=False, float_format="{:.3f}".format, na_rep="-")
+        from surgpose.pose.runs import runs_text
+        return runs_text(self.folders, self.out)
 
 # %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)

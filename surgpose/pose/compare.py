@@ -31,7 +31,7 @@ def flat_numbers(
 ) -> dict[str, float | None]:  # dotted name -> number
     "Flatten metrics; texts, hashes and counts of resamples are no measurements and are left out."
     if isinstance(data, dict):
-        parts = [(str(k), v) for k, v in data.items() if k not in ("provenance", "sigma", "share")]
+        parts = [(str(k), v) for k, v in data.items() if k not in ("provenance", "sigma", "share", "confusion", "calibration", "sizes")]
     elif isinstance(data, list): parts = [(_label(v, i), v) for i, v in enumerate(data)]
     elif isinstance(data, bool | str): return {}
     else: return {prefix: None if data is None else float(data)}

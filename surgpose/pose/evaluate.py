@@ -21,7 +21,7 @@ from .judge import score as score
 from .mistakes import calibration, confusion
 from .model import find_weights, load_model, model_sha
 from .predict import predict_frames
-from .tips import false_tips
+from .tips import false_tips, worst_tips
 from .tips import tip_errors as tip_errors
 from .truth import Labelled, open_labelled
 from .truth import load_truth as load_truth
@@ -157,7 +157,7 @@ def evaluate(
     result = {**measure(labelled.truth, found, cfg), "provenance": {**facts, "imgsz": cfg.imgsz or model.trained_imgsz}}
     if cfg.sizes: result["sizes"] = _rows_by_size(model, labelled, cfg, device, progress)
     write_json(out / "found.json", found, indent=None)
-    if cfg.worst and measure is metrics: _draw_worst(labelled, found, cfg, out / "worst.jpg")
+    if cfg.worst: _draw_worst(labelled, found, cfg, out / "worst.jpg")
     write_json(out / "metrics.json", result)
     return result
 
@@ -172,7 +172,9 @@ def _draw_worst(labelled: Labelled, found: list[dict], cfg: EvaluateConfig, path
     import cv2
     from surgpose.files import atomic_write
     from surgpose.pose.results import worst_images
-    sheet = worst_images(labelled.truth, found, labelled, n=cfg.worst, min_score=cfg.threshold)
+    if isinstance(labelled.truth, TipTracks):
+        sheet = worst_tips(labelled.frames(), labelled.truth, found, n=cfg.worst, threshold=cfg.threshold)
+    else: sheet = worst_images(labelled.truth, found, labelled, n=cfg.worst, min_score=cfg.threshold)
     atomic_write(path, cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
 
 # %% ../../nbs/31_evaluate.ipynb #c018

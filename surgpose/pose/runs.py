@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..files import read_json
+from ..files import atomic_write, read_json
 from .evaluate import summary_row
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['find_runs', 'run_row', 'runs_table']
+__all__ = ['find_runs', 'run_row', 'runs_table', 'runs_text']
 
 # %% ../../nbs/34a_runs.ipynb #c005
 def find_runs(
@@ -65,3 +65,12 @@ def runs_table(
     names = [r.resolve() for f in given for r in find_runs(f)]
     if table["run"].duplicated().any(): table["run"] = [f"{r.parent.name}/{r.name}" for r in names]
     return table
+
+def runs_text(
+    folders: Path | str | Sequence[Path | str],  # as for `runs_table`
+    out: Path | str | None = None,  # folder for runs.csv; nothing is written when absent
+) -> str:
+    "Write the table for a terminal, and perhaps for a spreadsheet."
+    table = runs_table(folders)
+    if out is not None: atomic_write(Path(out) / "runs.csv", table.to_csv(index=False))
+    return table.to_string(index=False, float_format="{:.3f}".format, na_rep="-")

@@ -5,15 +5,19 @@
 # %% ../../nbs/31d_tips.ipynb #c002
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import cv2
 import numpy as np
 
 from ..data.cvat import TipTracks
+from ..data.draw import bgr, contact_sheet, draw_poses, fit
 from .judge import bootstrap
 from .mistakes import false_numbers
-from ..schema import CLASSES, TIP, class_name
+from ..schema import CLASS_COLOURS, CLASSES, TIP, Frame, Poses, class_name
 
 # %% auto #0
-__all__ = ['TIP_SHARE', 'TIP_SHARES', 'FAR_SHARE', 'tip_errors', 'false_tips']
+__all__ = ['TIP_SHARE', 'TIP_SHARES', 'FAR_SHARE', 'tip_errors', 'false_tips', 'worst_tips']
 
 # %% ../../nbs/31d_tips.ipynb #c005
 TIP_SHARE = 0.05  # of the image diagonal
@@ -83,3 +87,34 @@ def false_tips(
             if near is not None and gaps[near] <= reach: free.remove(near)
             else: counts[n, a["category_id"] - 1] += 1
     return false_numbers(counts, threshold, resamples)
+
+# %% ../../nbs/31d_tips.ipynb #c014
+def _cross(image_bgr: np.ndarray, xy_px: np.ndarray, colour: tuple[int, int, int], diagonal_px: float) -> None:
+    at, size = tuple(int(v) for v in np.round(xy_px)), int(0.06 * diagonal_px)
+    for share, c in ((0.010, (255, 255, 255)), (0.005, colour)):
+        cv2.drawMarker(image_bgr, at, c, cv2.MARKER_CROSS, size, max(1, int(share * diagonal_px)))
+
+def worst_tips(
+    frames: Iterable[tuple[Frame, np.ndarray]],  # labelled frames with their images, `index` is the frame's number
+    tips: TipTracks,  # the labelled tips
+    found: list[dict],  # COCO results with the frame's number as image id
+    *,
+    n: int = 20,
+    threshold: float = 0.25,  # weaker detections do not count
+    width: int = 220,  # px of one picture
+) -> np.ndarray:  # (H, W, 3) uint8 BGR
+    "Show the frames in which tips are farthest off."
+    strong = sorted((a for a in found if a["score"] >= threshold), key=lambda a: a["score"])
+    best, size = {(a["image_id"], a["category_id"]): a for a in strong}, dict(width=tips.width, height=tips.height)
+    gap: dict[int, float] = {}
+    for i, (f, c) in enumerate(zip(tips.frame, tips.category_id, strict=True)):
+        gap[int(f)] = max(gap.get(int(f), 0.0), _tip_gap(best.get((int(f), int(c))), size, tips, i))
+    wanted, diagonal, drawn = sorted(gap, key=lambda f: -gap[f])[:n], np.hypot(tips.width, tips.height), {}
+    for frame, image in frames:
+        if frame.index not in wanted: continue
+        picture = draw_poses(image, Poses.from_rows([a for a in strong if a["image_id"] == frame.index]))
+        for i in np.flatnonzero(np.asarray(tips.frame) == frame.index):
+            _cross(picture, tips.xy_px[i], bgr(CLASS_COLOURS[tips.category_id[i] - 1]), diagonal)
+        drawn[frame.index] = fit(picture, 2 * width, round(2 * width * tips.height / tips.width))
+    told = [f"frame {f}: " + (f"{100 * gap[f] / diagonal:.0f} % off" if np.isfinite(gap[f]) else "a tool is missed") for f in wanted]
+    return contact_sheet([drawn[f] for f in wanted], columns=5, width=width, captions=told, legend=True)
