@@ -68,7 +68,8 @@ def sample_room(
         return replace(world, strength=0.35 * world.strength)
     low, high = (0.1, 0.4) if family == "trainer" else (0.05, 0.2)
     cool = np.array([0.96, 1.0, 1.03]) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))
-    return World(None, tuple((cool * rng.uniform(low, high)).round(4).tolist()), 1.0)
+    strength = float(np.exp(rng.uniform(*np.log(cfg.light_strength))))
+    return World(None, tuple((cool * rng.uniform(low, high)).round(4).tolist()), strength)
 
 # %% ../../nbs/21t_stage.ipynb #c013
 def _scattered(rng: np.random.Generator, thing: Prop, near_m: float, far_m: float) -> Prop:

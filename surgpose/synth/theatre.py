@@ -49,7 +49,8 @@ def sample_roles(
     sides = ["right", "left"] if rng.random() < 0.85 else ["left", "right"]
     roles = [Role(n, s, bool(rng.random() >= LYING_SHARE)) for n, s in zip(names, sides, strict=True)]
     if count == 1: roles = [roles[rng.integers(2)]]
-    for _ in range(count - 2): roles.append(Role(CLASSES[rng.integers(2)], "opposite", bool(rng.random() < 0.35)))
+    for more in range(count - 2):  # whoever stands opposite holds one
+        roles.append(Role(CLASSES[rng.integers(2)], "opposite", more == 0 and bool(rng.random() < 0.35)))
     return tuple(r if r.held else replace(r, side="") for r in roles)
 
 # %% ../../nbs/21g_theatre.ipynb #c010
