@@ -257,7 +257,8 @@ class PlacingView:
 
     def sheet(self) -> np.ndarray:
         "Show the mesh and its spots from three sides (3 H, W, 3), for a page without buttons."
-        views = (self.orbit, self.orbit.turned(0, 0.22 * self.orbit.width), self.orbit.turned(0, -0.33 * self.orbit.width))
+        whole = Orbit.around(self.state.mesh)
+        views = (whole, whole.turned(0, 0.22 * whole.width), whole.turned(0, -0.33 * whole.width))
         return np.vstack([picture(self.state.mesh, view, self.state.points) for view in views])
 
     def _ipython_display_(self) -> None:
