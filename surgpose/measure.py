@@ -93,6 +93,18 @@ def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: st
     return read_json(path)
 
 # %% ../nbs/90b_measure.ipynb #c016
+def _paired(folders: list[tuple[Path, Path]], measured: list[dict], data: Path, cfg: EvaluateConfig) -> list[dict]:
+    from surgpose.pose.compare import paired_deltas
+    from surgpose.pose.evaluate import load_truth
+    def found(places: tuple[Path, Path], facts: dict) -> Path | None:
+        same = (p for p in places if (p / "metrics.json").is_file() and read_json(p / "metrics.json") == facts)
+        return next((p / "found.json" for p in same if (p / "found.json").is_file()), None)
+    places = [found(p, facts) for p, facts in zip(folders, measured, strict=True)]
+    if None in places: return []
+    table = paired_deltas(load_truth(data)[0], *map(read_json, places), resamples=cfg.bootstrap)
+    return [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
+
+# %% ../nbs/90b_measure.ipynb #c017
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
                    truth: Path | None, seen: list[dict], same: bool, device: str) -> list[dict]:
     from surgpose.pose.evaluate import tip_errors
@@ -103,6 +115,7 @@ def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path 
     if data:
         old, new = pair([_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs])
         add("synthetic validation", "images", old["n_images"], metric_rows(old, new))
+        if len(runs) == 2: sets[-1]["paired"] = _paired([(r, out / "compare" / r.name) for r in runs], [old, new], data, cfg)
     if isinstance(labels, dict):
         old, new = pair([labelled_metrics(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs])
         add("labelled clip", "frames", old["n_images"], metric_rows(old, new))
@@ -111,7 +124,7 @@ def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path 
         add("tip tracks", "tips", sum(t["n"] for t in old.values()), tip_rows(old, new))
     return sets
 
-# %% ../nbs/90b_measure.ipynb #c017
+# %% ../nbs/90b_measure.ipynb #c018
 def compare_runs(
     before: Path,  # run folder of a trained network
     after: Path,  # run folder of another; a refinement without weights went on with `before`
@@ -143,13 +156,13 @@ def compare_runs(
     write_json(out / "compare.json", found)
     return found
 
-# %% ../nbs/90b_measure.ipynb #c018
+# %% ../nbs/90b_measure.ipynb #c019
 def _jitter(predictions: Path) -> float | None:
     from surgpose.pose.compare import jitter_px
     value = jitter_px(predictions)
     return value if math.isfinite(value) else None
 
-# %% ../nbs/90b_measure.ipynb #c019
+# %% ../nbs/90b_measure.ipynb #c020
 def compare_verdict(
     sets: list[dict],  # as in compare.json
     reason: str = "",  # why the gate decided as it did

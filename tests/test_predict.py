@@ -18,7 +18,8 @@ from surgpose.cli import main
 from surgpose.config import PredictConfig, shared_dir
 from surgpose.data.video import read_camera, read_video, video_info, write_video
 from surgpose.files import read_json
-from surgpose.pose import openvino, predict as rooms
+from surgpose.pose import openvino
+from surgpose.pose import predict as rooms
 from surgpose.pose.model import find_weights
 from surgpose.pose.predict import predict, read_predictions
 
@@ -48,7 +49,8 @@ def hummed(tmp_path_factory):
     "Two seconds of pictures with a tone of 440 Hz."
     path = tmp_path_factory.mktemp("hum") / "hum.mp4"
     with av.open(str(path), "w") as film:
-        pictures, sound = film.add_stream("libx264", rate=20), film.add_stream("aac", rate=48000, layout="mono")
+        pictures = film.add_stream("libx264", rate=20)
+        sound = film.add_stream("aac", rate=48000, layout="mono")
         pictures.width, pictures.height, pictures.pix_fmt = 96, 64, "yuv420p"
         for i in range(40):
             image = np.full((64, 96, 3), 5 * i, np.uint8)
@@ -81,7 +83,7 @@ def same(a, b):
     np.testing.assert_array_equal(a[2], b[2])
 
 
-# Interrupted -------------------------------------------------------------------------------------------------
+# Interrupted -----------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_goes_on_behind_its_last_whole_part(clip, trained_toy, tmp_path):
@@ -142,7 +144,7 @@ def test_the_size_of_parts_changes_nothing(clip, trained_toy, tmp_path):
     assert a[0] == b[0] and a[1] == b[1] and a[2].shape == b[2].shape
 
 
-# What is written -----------------------------------------------------------------------------------------------
+# What is written -------------------------------------------------------------------------------------
 
 
 def heard(path):
@@ -167,7 +169,8 @@ def test_the_overlay_plays_as_the_source_does_and_keeps_its_sound(hummed, traine
 def test_only_the_classes_that_were_asked_for(clip, trained_toy, tmp_path):
     for name, number in (("needle_holder", 1), ("tweezers", 2)):
         for backend in ("torch", "openvino"):
-            out = run(clip, tmp_path / name / backend, trained_toy, classes=(name,), backend=backend, frames=2)
+            wanted = dict(classes=(name,), backend=backend, frames=2)
+            out = run(clip, tmp_path / name / backend, trained_toy, **wanted)
             assert {int(c) for _, poses in read_predictions(out) for c in poses.category_id} <= {number}
 
 
@@ -190,7 +193,7 @@ def test_a_broken_picture_is_listed_and_the_rest_goes_on(trained_toy, tmp_path, 
     assert not (tmp_path / "none" / ".partial").exists()
 
 
-# Cameras -------------------------------------------------------------------------------------------------------
+# Cameras ---------------------------------------------------------------------------------------------
 
 
 class Camera:
@@ -234,7 +237,7 @@ def test_a_camera_ends_by_hand_or_by_number(trained_toy, tmp_path, monkeypatch, 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# OpenVINO ------------------------------------------------------------------------------------------------------
+# OpenVINO --------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_reported_and_torch_stays_out(clip, trained_toy, tmp_path):
@@ -286,7 +289,7 @@ def closest(a, b):
     "Largest distance of keypoints in px, each tool of one beside the nearest of its class in the other."
     assert sorted(a.category_id) == sorted(b.category_id)
     gaps = [
-        min(np.abs(p[:, :2] - q[:, :2]).max() for q, c in zip(b.keypoints, b.category_id, strict=True) if c == k)
+        min(np.abs(p[:, :2] - q[:, :2]).max() for q in b.keypoints[b.category_id == k])
         for p, k in zip(a.keypoints, a.category_id, strict=True)
     ]
     return max(gaps, default=0.0)

@@ -281,14 +281,16 @@ def read_camera(
     height, width = image.shape[:2]
     fps = camera.get(cv2.CAP_PROP_FPS)
     info = VideoInfo(Path(f"camera{number}"), width, height, fps if 1 <= fps <= 240 else 25.0, 0, 0.0, "camera")
-    return info, _shots(camera, info.path.name, stride)
+    return info, _shots(camera, info, stride)
 
-def _shots(camera: Any, name: str, stride: int) -> Iterator[tuple[Frame, np.ndarray]]:
-    first, index = time.monotonic(), 0
+def _shots(camera: Any, info: VideoInfo, stride: int) -> Iterator[tuple[Frame, np.ndarray]]:
+    first, index, t_s = time.monotonic(), 0, -1.0
     try:
         while True:
             ok, image = camera.read()
             if not ok: return
-            if index % stride == 0: yield Frame(name, image.shape[1], image.shape[0], index, time.monotonic() - first), image
+            if index % stride == 0:
+                t_s = max(time.monotonic() - first, t_s + 0.02 * stride / info.fps)  # a driver may hand over several at once
+                yield Frame(info.path.name, image.shape[1], image.shape[0], index, t_s), image
             index += 1
     finally: camera.release()

@@ -14,15 +14,18 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.draw import contact_sheet, draw_poses
+from ..data.show import new_figure, style
 from ..data.video import read_video, video_info, write_video
-from .predict import read_predictions
-from ..schema import CLASSES, TIP, Frame, Poses
+from .judge import average, bootstrap, judge
+from .record import read_predictions
+from ..schema import CLASSES, LENIENT_SIGMAS, SIGMAS, TIP, Frame, Poses
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['flat_numbers', 'compare_metrics', 'jitter_px', 'side_by_side']
+__all__ = ['flat_numbers', 'compare_metrics', 'paired_deltas', 'fig_deltas', 'jitter_px', 'side_by_side']
 
 # %% ../../nbs/33_compare.ipynb #c005
 def flat_numbers(
@@ -61,6 +64,40 @@ def compare_metrics(
     return pd.DataFrame(rows, columns=columns).astype({c: float for c in columns[1:]})
 
 # %% ../../nbs/33_compare.ipynb #c011
+def paired_deltas(
+    truth: dict,  # COCO file as plain dicts
+    before: list[dict],  # COCO results on its images, as found.json holds them
+    after: list[dict],  # the other network's
+    *,
+    resamples: int = 200,
+) -> pd.DataFrame:  # metric, before, after, delta, and the delta's 95 % interval low, high
+    "Measure two networks on the same images, and how sure their difference is."
+    import pandas as pd
+    kinds = {"AP": dict(sigmas=SIGMAS), "AP at sigma 0.2": dict(sigmas=LENIENT_SIGMAS), "box AP": dict(kind="bbox")}
+    pairs = {name: [judge(truth, found, **options) for found in (before, after)] for name, options in kinds.items()}
+    def values(images: np.ndarray) -> dict[str, float]:
+        both = {name: [average(j, images)["AP"] for j in pair] for name, pair in pairs.items()}
+        return {name: new - old for name, (old, new) in both.items()}
+    ends, rows = bootstrap(values, len(truth["images"]), resamples), []
+    for name, pair in pairs.items():
+        old, new = (average(j)["AP"] for j in pair)
+        rows.append([name, old, new, new - old, *ends[name]])
+    return pd.DataFrame(rows, columns=["metric", "before", "after", "delta", "low", "high"])
+
+@style()
+def fig_deltas(
+    table: pd.DataFrame,  # of `paired_deltas`
+) -> Figure:
+    "Draw differences with their intervals; right of the line the second network is better."
+    fig, ax = new_figure(height_in=0.8 + 0.4 * len(table))
+    y = np.arange(len(table))[::-1]
+    ax.hlines(y, table["low"], table["high"], lw=3)
+    ax.plot(table["delta"], y, "o")
+    ax.axvline(0, color="#666666", lw=1)
+    ax.set(yticks=y, yticklabels=table["metric"], xlabel="after minus before, 95 % interval", ylim=(-0.6, len(table) - 0.4))
+    return fig
+
+# %% ../../nbs/33_compare.ipynb #c016
 def jitter_px(
     predictions: Path | str | Iterable[tuple[Frame, Poses]],  # read ones, or their file
 ) -> float:  # median length of the tip's second difference in px; NaN where no class is seen in three frames on end
@@ -77,7 +114,7 @@ def _best_tip(poses: Poses, category_id: int) -> np.ndarray:
     mine = poses[poses.category_id == category_id]
     return mine.keypoints[mine.score.argmax(), TIP, :2] if len(mine) else np.full(2, np.nan)
 
-# %% ../../nbs/33_compare.ipynb #c015
+# %% ../../nbs/33_compare.ipynb #c020
 def side_by_side(
     video: Path | str,
     before: Path | str,  # predictions.json, or its folder

@@ -193,7 +193,7 @@ class FastNetwork:
         if key not in self._requests:
             network = self._core.read_model(self._path)
             if key: network.reshape(list(key))
-            options: dict[str, Any] = dict(PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT="f32",
+            options: dict[str, Any] = dict(PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT="f32", ENABLE_CPU_PINNING=False,
                                            INFERENCE_NUM_THREADS=max(1, (os.cpu_count() or 1) // 2))
             self._requests[key] = self._core.compile_model(network, "CPU", options).create_infer_request()
         return self._requests[key]
