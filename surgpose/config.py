@@ -17,9 +17,10 @@ from pydantic import Field, ValidationError
 from .render_settings import RenderConfig, Section
 
 # %% auto #0
-__all__ = ['PROFILES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig', 'RefineConfig',
-           'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'load_config', 'override', 'project_root',
-           'shared_dir', 'from_environment', 'videos_from_environment', 'output_root', 'RenderConfig', 'Section']
+__all__ = ['PROFILES', 'MAX_CONFIG_BYTES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig',
+           'RefineConfig', 'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'load_config', 'override',
+           'project_root', 'shared_dir', 'from_environment', 'videos_from_environment', 'output_root', 'RenderConfig',
+           'Section']
 
 # %% ../nbs/01_config.ipynb #c005
 _all_ = ["RenderConfig", "Section"]
@@ -171,11 +172,15 @@ def config_yaml(
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 # %% ../nbs/01_config.ipynb #c024
+MAX_CONFIG_BYTES = 1_000_000
+
 def load_config(
     path: Path | str,  # a YAML file of nested keys, as `config_yaml` writes it
 ) -> RunConfig:
     "Read a run's config; keys that are absent keep the default, unknown ones are refused."
     path = Path(path)
+    if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected a config of at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}")
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e: raise ValueError(f"{path}: expected YAML: {e}") from None
     if not isinstance(data, dict): raise ValueError(f"{path}: expected a mapping of config keys, got {type(data).__name__}")

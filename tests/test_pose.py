@@ -47,7 +47,9 @@ def losses(folder: Path) -> list[float]:
 
 def test_a_run_folder_holds_what_it_promises(run):
     files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name[0] != "."}
-    assert files == {"config.yaml", "results.csv", "provenance.json", "weights/best.pt", "weights/last.pt"}
+    curves = {f for f in files if f.startswith("tensorboard/events.")}
+    assert len(curves) == 1
+    assert files - curves == {"config.yaml", "results.csv", "provenance.json", "weights/best.pt", "weights/last.pt"}
     facts = read_json(run / "provenance.json")
     assert facts["seed"] == 0 and facts["device"] == "cpu" and facts["tensors_carried"] == 0
     assert {"config_hash", "data_hash", "weights_sha256", "code_hash", "versions", "seconds"} <= set(facts)

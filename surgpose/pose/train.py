@@ -19,8 +19,7 @@ import yaml
 from ..config import TrainConfig
 from ..data.coco import check_image, read_coco, split_coco
 from ..data.yolo import read_yolo, write_yolo
-from ..files import (atomic_write, code_hash, hash_data, lock_folder, read_json, safe_join, utc_now, versions,
-                            write_json)
+from ..files import atomic_write, code_hash, hash_data, lock_folder, read_json, utc_now, versions, write_json
 from .model import (build_model, find_weights, memory_in_use, model_sha, read_weights, resolve_device,
                                  write_weights)
 from .recipe import (Curves, Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
@@ -39,7 +38,7 @@ def leave_out_broken(
     "Decode all images; leave out the damaged ones, and refuse too many."
     broken: dict[int, str] = {}
     for im in coco["images"]:
-        path, told = safe_join(root, im["file_name"]), (im["width"], im["height"])
+        path, told = root / im["file_name"], (im["width"], im["height"])  # `read_coco` saw that it stays inside
         try: got = check_image(path)
         except (ValueError, FileNotFoundError) as e: broken[im["id"]] = str(e)
         else:
@@ -110,7 +109,8 @@ def _adopt_yolo(data_yaml: Path, target: Path) -> None:
     facts = dataset_facts(data_yaml.resolve())
     if list(facts["names"].values()) != list(CLASSES):
         raise ValueError(f"{data_yaml}: expected the classes {', '.join(CLASSES)} in this order, got {facts['names']}")
-    for stale in (facts["path"] / "labels").glob("*.cache"): stale.unlink()  # Ultralytics trusts file sizes
+    for stale in facts["path"].rglob("*.cache"):  # Ultralytics trusts them by file sizes, and runs code in them
+        if stale.with_suffix("").is_dir(): stale.unlink()
     facts = {**{k: v for k, v in facts.items() if k != "yaml_file"}, "path": str(facts["path"])}
     atomic_write(target, yaml.safe_dump(facts))
 
@@ -179,7 +179,9 @@ def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: d
     trainer.add_callback("on_train_epoch_start", functools.partial(_shrink_sigma, cfg=cfg, carried=carried))
     try: trainer.train()
     except (RuntimeError, MemoryError, subprocess.CalledProcessError) as e:
-        raise _explain(e, cfg, settings["device"]) or e from e
+        told = _explain(e, cfg, settings["device"])
+        if told is None: raise
+        raise told from e
     if trainer.batch_size != cfg.batch:
         warnings.warn(f"train: memory was enough for batches of {trainer.batch_size} only, not {cfg.batch}", stacklevel=3)
 
