@@ -27,7 +27,7 @@ __all__ = ['RECORDS', 'STARTUP_S', 'IDLE_S', 'COMMAND', 'OWN_GROUP', 'POOL', 'FU
 
 # %% ../../nbs/23a_workers.ipynb #c005
 RECORDS = ".records"  # hidden folder for the state of an unfinished dataset
-STARTUP_S = 180.0  # Blender's own start, on a cold disk
+STARTUP_S = 600.0  # three seconds, but not on a cold disk or a machine that is overwhelmed
 IDLE_S = 120.0  # a Blender that is asked nothing for so long leaves
 COMMAND = [sys.executable, "-m", "surgpose.synth.blender"]
 OWN_GROUP = {"process_group": 0} if os.name == "posix" else {}  # out of reach of the terminal's Ctrl-C
