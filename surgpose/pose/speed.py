@@ -73,7 +73,7 @@ def agreement(
         gaps += [min(np.hypot(*(k[:, :2] - p).T).max() for p, c in zip(xy, theirs[:, 0] + 1, strict=True) if c == n)
                  for k, n in zip(poses.keypoints, poses.category_id, strict=True)]
     return dict(frames=len(rows), yolo_tools=total[0], surgpose_tools=total[1], same_frames=equal / max(1, len(rows)),
-                median_px=float(np.median(gaps)) if gaps else float("nan"), max_px=max(gaps, default=float("nan")))
+                median_px=float(np.median(gaps)) if gaps else float("nan"), max_px=float(max(gaps, default=float("nan"))))
 
 # %% ../../nbs/35_speed.ipynb #c014
 def race(
