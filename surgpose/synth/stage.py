@@ -66,7 +66,7 @@ def sample_room(
     if family == "trainer" and rng.random() < 0.35 and (cfg.hdri_dir or split in WORLDS):
         world = sample_world(rng, cfg, "hdri", split)
         return replace(world, strength=0.35 * world.strength)
-    low, high = (0.1, 0.4) if family == "trainer" else (0.05, 0.2)
+    low, high = (0.1, 0.4) if family == "trainer" else (0.09, 0.3)
     cool = np.array([0.96, 1.0, 1.03]) * (1 + rng.normal(0, 0.04) * np.array([1, 0, -1]))
     strength = float(np.exp(rng.uniform(*np.log(cfg.light_strength))))
     return World(None, tuple((cool * rng.uniform(low, high)).round(4).tolist()), strength)
@@ -123,13 +123,14 @@ def sample_limb(
 def heaped_cloth(
     rng: np.random.Generator,
     split: str,
-    away_m: float,  # how far from the limb's axis
+    side: int,  # of the limb, 1 or -1
 ) -> Prop:
     "Draw a smaller cloth thrown down beside the limb, in deep folds."
     cloth = drape(rng, split, look=str(rng.choice(["gown", "gown", "green", "blue"])), size_m=float(rng.uniform(0.3, 0.55)))
-    waves = float(rng.uniform(0.015, 0.04))
-    folds = dict(cells=64, waves_m=waves, stretch=float(rng.uniform(1.5, 4)), heap_m=1.2 * waves + 0.008)  # its edges stay low
-    at = rigid(turned(rng.uniform(0, 2 * np.pi), 0, 0), [rng.normal(0, 0.12), away_m, 0.004])
+    waves, turn = float(rng.uniform(0.012, 0.03)), rng.uniform(0, 2 * np.pi)
+    folds = dict(cells=64, waves_m=waves, stretch=float(rng.uniform(1.5, 4)), heap_m=1.6 * waves + 0.008)  # its edges stay low
+    reach = cloth.shape["size_m"] / 2 * (abs(np.cos(turn)) + abs(np.sin(turn)))
+    at = rigid(turned(turn, 0, 0), [rng.normal(0, 0.12), side * (reach + rng.uniform(0.02, 0.08)), 0.004])
     return replace(cloth, shape=cloth.shape | folds, T_world_prop=at)
 
 # %% ../../nbs/21t_stage.ipynb #c024
@@ -140,7 +141,7 @@ def operating_stage(
 ) -> Stage:
     "Prepare a limb for an operation."
     limb = _over_origin(sample_limb(rng, split))
-    heaps = [heaped_cloth(rng, split, side * rng.uniform(0.14, 0.30)) for side in (-1, 1) for _ in range(rng.integers(3))]
+    heaps = [heaped_cloth(rng, split, side) for side in (-1, 1) if rng.random() < 0.8]
     turn = rigid(turned(rng.normal(0, 0.5), 0, 0))
     solid = [replace(p, T_world_prop=turn @ p.T_world_prop) for p in (*limb, *heaps)] + [drape(rng, split, look="gown", size_m=2.4)]
     wound_m, bare = wound_points(solid[0]), ground_under(solid)

@@ -149,7 +149,7 @@ def suture(
 # %% ../../nbs/21g_theatre.ipynb #c024
 STAGES = {"trainer": trainer_stage, "operating_room": operating_stage}
 BLOODY = {"trainer": 0.35, "operating_room": 1.0}  # share of the scenes where `blood_share` counts
-DIMMED = {"trainer": 1.0, "operating_room": 0.7}  # factor on the wanted brightness
+DIMMED = {"trainer": 1.1, "operating_room": 0.75}  # factor on the wanted brightness
 
 def sample_theatre(
     index: int,  # which scene, from 0
