@@ -197,7 +197,7 @@ def test_help_describes_every_flag_and_gives_an_example(verb):
     done = command(verb, "--help")
     assert done.code == 0 and f"Example: surgpose {verb}" in done.out
     text = re.sub(r"[│\s]+", " ", done.out)
-    computes = verb in ("render", "train", "evaluate", "predict", "pseudo", "refine", "compare", "run")
+    computes = verb in ("render", "train", "evaluate", "predict", "pseudo", "refine", "compare", "run", "export")
     assert ("--device" in text) == computes
 
 
