@@ -49,7 +49,8 @@ def test_a_run_folder_holds_what_it_promises(run):
     files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name[0] != "."}
     curves = {f for f in files if f.startswith("tensorboard/events.")}
     assert len(curves) == 1
-    assert files - curves == {"config.yaml", "results.csv", "provenance.json", "weights/best.pt", "weights/last.pt"}
+    weights = {"weights/best.pt", "weights/last.pt"}
+    assert files - curves == {"config.yaml", "results.csv", "provenance.json"} | weights
     facts = read_json(run / "provenance.json")
     assert facts["seed"] == 0 and facts["device"] == "cpu" and facts["tensors_carried"] == 0
     assert {"config_hash", "data_hash", "weights_sha256", "code_hash", "versions", "seconds"} <= set(facts)
