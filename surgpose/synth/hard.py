@@ -29,8 +29,8 @@ def plate(
     shape = dict(size_m=[float(long), float(wide), float(thick)], hooks_m=float(places), tab_m=float(rng.uniform(0.018, 0.028)),
                  notch_m=float(rng.uniform(0.006, 0.011)), holes=int(rng.integers(0, 3)), bar=bool(rng.random() < 0.6), glares=int(rng.choice(3, p=[0.5, 0.3, 0.2])),
                  seed=int(rng.integers(2**31)))
-    body, bright = rng.uniform(0.95, 1.12), rng.uniform(1.25, 2.2) if rng.random() < 0.7 else rng.uniform(0.35, 0.75)
-    return Prop("plate", shape, np.eye(4), {"body": _clear(rng, body), "edge": _clear(rng, bright), "glare": _clear(rng, rng.uniform(1.15, 1.7))})
+    body, bright = rng.uniform(0.95, 1.12), rng.uniform(1.08, 1.5) if rng.random() < 0.65 else rng.uniform(0.5, 0.88)
+    return Prop("plate", shape, np.eye(4), {"body": _clear(rng, body), "edge": _clear(rng, bright), "glare": _clear(rng, rng.uniform(1.1, 1.5))})
 
 # %% ../../nbs/21r_hard.ipynb #c006
 def _clear(rng: np.random.Generator, factor: float) -> dict:

@@ -53,11 +53,11 @@ def tinted(
 ) -> np.ndarray:  # (side_px, side_px, 4) float32, coded for a screen, lowest row first
     "Make the picture of a textured material."
     kind, seed, side_px = material["texture"], material["seed"], material.get("side_px", TEXTURE_PX)
-    if kind in SURFACES: rgb = surface(kind, seed, side_px, size_m=material.get("size_m", 0.2), paint=material.get("paint"))
-    else: rgb = texture(kind, seed, side_px, side_px)[..., ::-1]
+    if kind in SURFACES: rgb = surface(kind, seed, side_px, size_m=material.get("size_m", 0.2), paint=material.get("paint"))  # its y is v
+    else: rgb = texture(kind, seed, side_px, side_px)[::-1, :, ::-1]
     rgba = np.ones((side_px, side_px, 4), np.float32)
     for i, value in enumerate(material["colour"]):
-        rgba[..., i] = np.take((np.arange(256) / 255 * value ** (1 / 2.2)).astype(np.float32), rgb[::-1, :, i])
+        rgba[..., i] = np.take((np.arange(256) / 255 * value ** (1 / 2.2)).astype(np.float32), rgb[..., i])
     return rgba
 
 # %% ../../nbs/22e_materials.ipynb #c012

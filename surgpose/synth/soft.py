@@ -266,7 +266,7 @@ def blood(
     "Draw a wet patch on the table, or around the wound."
     long = float(rng.uniform(*size_m))
     shape = dict(size_m=[long, float(long * rng.uniform(0.3, 0.9))], seed=int(rng.integers(2**31)), over=over and over.shape)
-    wet = dict(colour=tuple((np.array(BLOOD) * rng.uniform(0.6, 1.6)).round(5).tolist()), roughness=0.25, specular=0.35, alpha=0.92)
+    wet = dict(colour=tuple((np.array(BLOOD) * rng.uniform(0.6, 1.6)).round(5).tolist()), roughness=0.25, specular=0.35)
     return Prop("blood", shape, over.T_world_prop if over else np.eye(4), {"body": wet})
 
 # %% ../../nbs/21q_soft.ipynb #c031
