@@ -78,14 +78,17 @@ def agreement(
 # %% ../../nbs/35_speed.ipynb #c014
 def race(
     clip: Path,
-    weights: Path,
+    weights: Path | None = None,  # a trained checkpoint; the project's starter weights when absent
     *,
     imgsz: int = 416,  # px
     rounds: int = 1,  # A B B A each
-) -> tuple[pd.DataFrame, dict[str, float]]:  # way, seconds, cpu seconds and frames per second of each run; the agreement
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # way, seconds, cpu seconds and frames per second of each run; one row of agreement
     "Time both commands, and compare what they found."
     import pandas as pd
+    from surgpose.pose.model import find_weights
     from surgpose.pose.openvino import cached_network, choose_backend
+    weights = find_weights(weights)
+    if weights is None: raise FileNotFoundError("race: expected weights, and the project has no starter weights here")
     if choose_backend("auto", "cpu") == "openvino": cached_network(weights)
     frames, rows = video_info(clip).frames, []
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,12 +97,12 @@ def race(
             seconds, cpu = _timed(command_of(way, clip, weights, out, imgsz))
             rows.append(dict(way=way, seconds=seconds, cpu_seconds=cpu, frames_per_s=frames / seconds))
         same = agreement(Path(scratch) / "yolo0" / "labels", Path(scratch) / "surgpose1")
-    return pd.DataFrame(rows), same
+    return pd.DataFrame(rows), pd.DataFrame([same])
 
 # %% ../../nbs/35_speed.ipynb #c015
 def race_verdict(
     table: pd.DataFrame,  # of `race`
-    same: dict[str, float],
+    same: pd.Series | dict[str, float],  # its agreement
 ) -> str:
     "Say which is faster, and whether they agree."
     middle = table.groupby("way")[["frames_per_s", "cpu_seconds"]].median()
@@ -107,7 +110,7 @@ def race_verdict(
     return (f"From file to written predictions and overlay: {middle.frames_per_s['surgpose']:.1f} frames a second against "
             f"{middle.frames_per_s['yolo']:.1f} by yolo predict ({ratio:.1f} times, n = {len(table) // 2} runs each; "
             f"{middle.cpu_seconds['surgpose']:.1f} against {middle.cpu_seconds['yolo']:.1f} s of processor time). Both find the same "
-            f"tools in {100 * same['same_frames']:.0f} % of {same['frames']} frames, with keypoints {same['median_px']:.2f} px apart in the median.")
+            f"tools in {100 * same['same_frames']:.0f} % of {same['frames']:.0f} frames, with keypoints {same['median_px']:.2f} px apart in the median.")
 
 @style()
 def fig_race(
