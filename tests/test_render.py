@@ -355,19 +355,17 @@ def test_the_committed_sample_is_whole():
 
 
 def test_the_committed_clip_is_what_the_code_films():
-    "Labels follow from the seed alone, so they can be checked without drawing a frame."
+    "Labels follow from the still scene that they keep, so they can be checked without drawing a frame."
     from surgpose.config import project_root
     from surgpose.data.video import video_info
-    from surgpose.synth.clip import sample_clip
+    from surgpose.synth.clip import scenes_of_clip
 
     sample = project_root() / "data" / "sample"
     clip, info = read_coco(sample / "clip_coco.json"), video_info(sample / "clip.mp4")
     assert (sample / "clip.mp4").stat().st_size < 400_000
     assert [im["frame"] for im in clip["images"]] == list(range(info.frames))
     assert (info.width, info.height) == (clip["images"][0]["width"], clip["images"][0]["height"])
-    cfg = RenderConfig(width=info.width, height=info.height)
-    scenes = sample_clip(info.frames, cfg, seed=clip["info"]["seed"], fps=clip["info"]["fps"])
-    rows = annotations_by_image(clip)
+    scenes, rows = scenes_of_clip(clip["info"]), annotations_by_image(clip)
     for image, scene in zip(clip["images"], scenes, strict=True):
         for row in rows[image["id"]]:
             tool = next(t for t in scene.tools if t.class_name == CLASSES[row["category_id"] - 1])

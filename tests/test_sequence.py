@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from surgpose.cli import main, parse_verb
-from surgpose.config import RenderConfig
+from surgpose.config import PROFILES, RenderConfig, profile
 from surgpose.data.coco import annotations_by_image, check_splits, read_coco
 from surgpose.data.video import read_image, read_video, video_info
 from surgpose.files import check_manifest, read_jsonl
 from surgpose.geometry import invert_rigid, transform
 from surgpose.measure import find_truth, read_truth
-from surgpose.schema import HANDLE, HINGE, JAW_L, JAW_R, TIP
+from surgpose.schema import CLASSES, HANDLE, HINGE, JAW_L, JAW_R, TIP
+from surgpose.synth.clip import clip_config, sample_clip
+from surgpose.synth.mesh_import import export_tool
 from surgpose.synth.parts import Scene, plain
 from surgpose.synth.render import render
 from surgpose.synth.scene import sample_scene, sample_still
-from surgpose.synth.tools import build_tool
+from surgpose.synth.tools import build_tool, sample_asset
 
 FRAMES, FPS = 24, 12.0
 MOVING = RenderConfig(sequence={"frames": FRAMES, "fps": FPS}, val_share=0.5, width=160, height=120)
@@ -112,6 +114,19 @@ def test_sequences_are_whole_in_one_split():
     assert sides == {0: {"train"}, 1: {"val"}, 2: {"train"}, 3: {"val"}}
 
 
+def test_tools_from_files_move_as_well_and_their_cap_counts_frames(tmp_path):
+    for name in CLASSES:
+        for k in range(2):
+            export_tool(sample_asset(name, np.random.default_rng(k)), 5.0, tmp_path / name, f"m{k}")
+    cfg = of("theatre", models_dir=tmp_path, per_obj_cap=2 * FRAMES + 1, val_share=0.0)
+    used = [{t.asset.get("path") for t in sample_scene(k * FRAMES, 0, cfg).tools} for k in range(6)]
+    assert all(None not in paths for paths in used[:4]), "two files, two sequences each"
+    assert used[4:] == [{None}, {None}], "then they are used up"
+    one, two = (sample_scene(i, 0, cfg) for i in (0, FRAMES - 1))
+    assert [t.asset for t in one.tools] == [t.asset for t in two.tools]
+    assert any(np.abs(keypoints_m(one, i) - keypoints_m(two, i)).max() > 1e-3 for i in range(len(one.tools)))
+
+
 # Cameras ----------------------------------------------------------------------------------------------------
 
 
@@ -140,24 +155,24 @@ def test_more_cameras_change_nothing_else(strategy):
 
 # The job ----------------------------------------------------------------------------------------------------
 
-SMALL = RenderConfig(images=6, sequence={"frames": 3, "fps": 10}, cameras=3, val_share=0.5, width=160,
+SMALL = RenderConfig(images=4, sequence={"frames": 2, "fps": 10}, cameras=3, val_share=0.5, width=160,
                      height=120, samples=1, denoise=False, strategy_mix={"studio": 0.5, "theatre": 0.5},
                      tools_per_image={2: 1.0})
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    "Two sequences of three frames, seen by three cameras."
+    "Two sequences of two frames, seen by three cameras."
     return render(tmp_path_factory.mktemp("moving") / "set", SMALL, seed=4, device="cpu", progress=False)
 
 
 def test_images_know_their_clip(dataset):
     coco = read_coco(dataset / "coco_annotations.json", check_images=True)
-    assert check_manifest(dataset) == [] and len(coco["images"]) == 18
-    assert len({im["id"] for im in coco["images"]}) == 18
+    assert check_manifest(dataset) == [] and len(coco["images"]) == 12
+    assert len({im["id"] for im in coco["images"]}) == 12
     videos = {im["video"] for im in coco["images"]}
     assert videos == {f"sequences/00000{k}{c}.mp4" for k in (0, 1) for c in ("", "_c1", "_c2")}
-    assert {(im["frame"], im["t_s"]) for im in coco["images"]} == {(0, 0.0), (1, 0.1), (2, 0.2)}
+    assert {(im["frame"], im["t_s"]) for im in coco["images"]} == {(0, 0.0), (1, 0.1)}
     assert check_splits(coco, by="video") == {"train": 3, "val": 3}
     assert check_splits(coco, by="sequence") == {"train": 1, "val": 1}
 
@@ -166,11 +181,11 @@ def test_clips_show_the_frames_and_have_their_labels_beside_them(dataset):
     coco = read_coco(dataset / "coco_annotations.json")
     for video in sorted({im["video"] for im in coco["images"]}):
         info = video_info(dataset / video)
-        assert (info.frames, round(info.fps, 6), info.width, info.height) == (3, 10.0, 160, 120)
+        assert (info.frames, round(info.fps, 6), info.width, info.height) == (2, 10.0, 160, 120)
         truth = read_truth(find_truth(dataset / video), info)
         rows, all_rows = annotations_by_image(truth), annotations_by_image(coco)
         mine = {im["frame"]: im for im in coco["images"] if im["video"] == video}
-        assert [im["frame"] for im in truth["images"]] == [0, 1, 2]
+        assert [im["frame"] for im in truth["images"]] == [0, 1]
         for im in truth["images"]:
             boxes = [[a["bbox"] for a in r[i["id"]]] for r, i in ((rows, im), (all_rows, mine[im["frame"]]))]
             assert boxes[0] == boxes[1]
@@ -235,7 +250,7 @@ def test_two_views_triangulate_to_the_tool_itself(dataset):
                 break
         else:
             pytest.fail(f"scene {scene.index}, tool {i}: the jaws do not meet either way")
-    assert checked >= 30
+    assert checked >= 20
 
 
 def test_two_workers_make_the_same_clips(dataset, tmp_path):
@@ -246,7 +261,7 @@ def test_two_workers_make_the_same_clips(dataset, tmp_path):
     for image in (dataset / "images").iterdir():
         difference = read_image(image).astype(float) - read_image(other / "images" / image.name)
         assert (difference**2).mean() < 30, f"{image.name} depends on what its process drew before"
-    assert video_info(other / "sequences" / "000001.mp4").frames == 3
+    assert video_info(other / "sequences" / "000001.mp4").frames == 2
 
 
 def test_a_longer_job_goes_on_and_a_lost_clip_comes_back(dataset, tmp_path):
@@ -256,13 +271,69 @@ def test_a_longer_job_goes_on_and_a_lost_clip_comes_back(dataset, tmp_path):
     shutil.copytree(dataset, out)
     before = {p.name: p.stat().st_mtime_ns for p in (out / "images").iterdir()}
     (out / "sequences" / "000000.mp4").unlink()
-    render(out, SMALL.model_copy(update=dict(images=7)), seed=4, device="cpu", progress=False)
+    render(out, SMALL.model_copy(update=dict(images=5)), seed=4, device="cpu", progress=False)
     assert check_manifest(out) == [] and video_info(out / "sequences" / "000002.mp4").frames == 1
-    assert video_info(out / "sequences" / "000000.mp4").frames == 3
+    assert video_info(out / "sequences" / "000000.mp4").frames == 2
     after = {p.name: p.stat().st_mtime_ns for p in (out / "images").iterdir()}
-    assert {k: after[k] for k in before} == before and len(after) == 21
+    assert {k: after[k] for k in before} == before and len(after) == 15
     coco, old = (read_coco(p / "coco_annotations.json") for p in (out, dataset))
     assert coco["annotations"][: len(old["annotations"])] == old["annotations"]
+
+
+# The clip ---------------------------------------------------------------------------------------------------
+
+
+def apart(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return max(a) < min(b) or max(b) < min(a)
+
+
+def boxes(ranges: object) -> list[tuple]:
+    "All boxes of hue, saturation and value in a table of looks."
+    if isinstance(ranges, dict):
+        return [box for part in ranges.values() for box in boxes(part)]
+    return [ranges] if np.shape(ranges) == (3, 2) else [box for part in ranges for box in boxes(part)]
+
+
+@pytest.mark.parametrize("seen", ["train", "val"])
+def test_the_clip_wears_and_shows_nothing_that_training_has(seen):
+    from surgpose.synth import gloves, hard, instruments, soft, steel, surroundings
+    from surgpose.synth.tools import length_bands
+
+    for palette in (gloves.LATEX, gloves.NITRILE, gloves.SKINS, gloves.SLEEVES, gloves.INKS, steel.COATS,
+                    surroundings.WORLDS):
+        assert palette["test"] and not set(palette["test"]) & set(palette[seen])
+    for table in (soft.DRAPES, soft.SKIN, hard.STRAPS):
+        for one, other in itertools.product(boxes(table["test"]), boxes(table[seen])):
+            assert any(apart(a, b) for a, b in zip(one, other, strict=True)), (one, other)
+    assert apart(instruments.LENGTHS["test"], instruments.LENGTHS[seen])
+    for name in CLASSES:
+        for one, other in itertools.product(length_bands(name, "test"), length_bands(name, seen)):
+            assert one[1] <= other[0] or other[1] <= one[0]
+
+
+def edge(cfg: RenderConfig) -> tuple[float, float]:
+    "Least and largest slope of the ray through the middle of a side border, after jitter."
+    half = np.tan(np.radians(cfg.fov_deg) / 2)
+    return half[0] / (1 + cfg.intrinsics_jitter), half[1] / (1 - cfg.intrinsics_jitter)
+
+
+@pytest.mark.parametrize("name", ["default", *PROFILES])
+def test_the_clip_has_a_camera_and_a_codec_of_its_own(name):
+    cfg = RenderConfig() if name == "default" else profile(name).render
+    film = clip_config(cfg, 8, 12.0)
+    assert apart(edge(cfg), edge(film))
+    for field in ("noise_sigma", "blur_sigma_px", "jpeg_quality"):
+        assert apart(getattr(cfg, field), getattr(film, field)), field
+    mine = RenderConfig(**{**cfg.model_dump(), "models_dir": "mine", "hdri_dir": "mine", "cameras": 3})
+    assert clip_config(mine, 8, 12.0) == film, "assets of the user are training's"
+
+
+def test_a_clip_is_of_the_test_split_from_seed_alone():
+    scenes = sample_clip(6, RenderConfig(width=160, height=120), seed=3)
+    again = sample_clip(6, RenderConfig(width=160, height=120), seed=3)
+    assert [s.to_dict() for s in scenes] == [s.to_dict() for s in again]
+    assert {(s.split, s.strategy, s.world.hdri) for s in scenes} == {("test", "theatre", "courtyard")}
+    assert [(s.index, s.frame, s.sequence) for s in scenes] == [(k, k, 0) for k in range(6)]
 
 
 # Asking for it ----------------------------------------------------------------------------------------------
@@ -329,11 +400,11 @@ def test_bop_is_written_after_the_render(monkeypatch, tmp_path):
     from surgpose.synth import render as rendering
 
     done, bop = [], ModuleType("surgpose.synth.bop")
-    bop.write_bop = lambda data, out: done.append((data, out))
+    bop.write_bop = lambda data, out, *, device: done.append((data, out, device))
     monkeypatch.setitem(sys.modules, "surgpose.synth.bop", bop)
     monkeypatch.setattr(rendering, "render", lambda out, cfg, **rest: Path(out))
     verb = parse_verb("render", ["--out", str(tmp_path / "set"), "--bop", str(tmp_path / "bop")])
-    assert verb.run() == tmp_path / "set" and done == [(tmp_path / "set", tmp_path / "bop")]
+    assert verb.run() == tmp_path / "set" and done == [(tmp_path / "set", tmp_path / "bop", "auto")]
     assert parse_verb("render", []).bop is None
 
 
