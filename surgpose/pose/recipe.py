@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['SHRINK_UNTIL', 'sigma_at', 'set_sigma', 'sigma_of', 'transpose_batch', 'boost_groups', 'fresh_head', 'dataset_facts',
-           'trainer_class', 'ultralytics_settings', 'leads', 'Progress', 'Curves']
+__all__ = ['SHRINK_UNTIL', 'sigma_at', 'losses_of', 'set_sigma', 'sigma_of', 'transpose_batch', 'boost_groups', 'fresh_head',
+           'dataset_facts', 'trainer_class', 'ultralytics_settings', 'leads', 'Progress', 'Curves']
 
 # %% ../../nbs/30b_recipe.ipynb #c005
 SHRINK_UNTIL = 0.7  # share of the epochs after which the sigma rests
@@ -40,6 +40,14 @@ def sigma_at(
     return cfg.sigma_start * (cfg.sigma_end / cfg.sigma_start) ** (share if fresh else (1 + share) / 2)
 
 # %% ../../nbs/30b_recipe.ipynb #c009
+def losses_of(
+    model: Any,  # the network in training, unwrapped, with its criterion made
+) -> list:  # the two of a network that also learns to do without NMS, else the one
+    "List the losses of a network."
+    both = [getattr(model.criterion, name, None) for name in ("one2many", "one2one")]
+    return [x for x in both if x is not None] or [model.criterion]
+
+# %% ../../nbs/30b_recipe.ipynb #c010
 def set_sigma(
     model: Any,  # the network in training, unwrapped
     sigma: float,
@@ -48,12 +56,11 @@ def set_sigma(
     import torch
 
     if getattr(model, "criterion", None) is None: model.criterion = model.init_criterion()
-    losses = [getattr(model.criterion, name, None) for name in ("one2many", "one2one")]
-    for loss in [x for x in losses if x is not None] or [model.criterion]:
+    for loss in losses_of(model):
         for owner in (loss.keypoint_loss, loss.assigner):
             if hasattr(owner, "sigmas"): owner.sigmas = torch.full_like(owner.sigmas, sigma)
 
-# %% ../../nbs/30b_recipe.ipynb #c010
+# %% ../../nbs/30b_recipe.ipynb #c011
 def sigma_of(
     model: Any,  # the network in training, unwrapped
 ) -> float:  # that of the first keypoint
@@ -61,7 +68,7 @@ def sigma_of(
     loss = getattr(model.criterion, "one2many", model.criterion)
     return float(loss.keypoint_loss.sigmas[0])
 
-# %% ../../nbs/30b_recipe.ipynb #c014
+# %% ../../nbs/30b_recipe.ipynb #c015
 def transpose_batch(
     batch: dict[str, Any],  # img (B, 3, S, S); bboxes (N, 4) and keypoints (N, 5, 3) as shares of the image
 ) -> dict[str, Any]:  # the same batch with x and y swapped
@@ -71,7 +78,7 @@ def transpose_batch(
     return {**batch, "img": batch["img"].transpose(-1, -2).contiguous(), "keypoints": keypoints,
             "bboxes": batch["bboxes"][:, [1, 0, 3, 2]]}
 
-# %% ../../nbs/30b_recipe.ipynb #c018
+# %% ../../nbs/30b_recipe.ipynb #c019
 def boost_groups(
     groups: list[dict],  # an optimiser's parameter groups
     fresh: set[int],  # `id` of the parameters to boost
@@ -85,7 +92,7 @@ def boost_groups(
             if params: out.append({**group, "params": params, "lr": group["lr"] * rate})
     return out
 
-# %% ../../nbs/30b_recipe.ipynb #c022
+# %% ../../nbs/30b_recipe.ipynb #c023
 def fresh_head(
     model: Any,  # a pose network
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -95,7 +102,7 @@ def fresh_head(
     names = {k for k, _ in model.named_parameters() if k.startswith(head)}
     return names - carried
 
-# %% ../../nbs/30b_recipe.ipynb #c025
+# %% ../../nbs/30b_recipe.ipynb #c026
 def dataset_facts(
     data_yaml: Path,  # a YOLO-pose data.yaml
 ) -> dict:  # the mapping, with absolute paths and what Ultralytics adds to it
@@ -108,7 +115,7 @@ def dataset_facts(
     return {**data, "path": root, "names": names, "nc": len(names), "channels": 3, "yaml_file": str(data_yaml),
             "train": absolute(data["train"]), "val": absolute(data["val"])}
 
-# %% ../../nbs/30b_recipe.ipynb #c027
+# %% ../../nbs/30b_recipe.ipynb #c028
 def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
     places = trainer.last, trainer.best
     trainer.last, trainer.best = (p.with_suffix(".tmp") for p in places)
@@ -118,7 +125,7 @@ def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
         if tmp.exists(): os.replace(tmp, place)
     return saved
 
-# %% ../../nbs/30b_recipe.ipynb #c028
+# %% ../../nbs/30b_recipe.ipynb #c029
 def trainer_class(
     cfg: TrainConfig,
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -129,12 +136,17 @@ def trainer_class(
     from ultralytics.models.yolo.pose import PoseTrainer
 
     class ToolTrainer(PoseTrainer):
+        bfloat16 = False  # the network, not the loss, computes in it; `pose.train` sets it for each epoch
+
         def get_dataset(self) -> dict:
             return dataset_facts(Path(self.args.data))
 
         def preprocess_batch(self, batch: dict) -> dict:
             batch = super().preprocess_batch(batch)
-            return transpose_batch(batch) if torch.rand(()) < cfg.transpose else batch
+            if torch.rand(()) < cfg.transpose: batch = transpose_batch(batch)
+            # Ultralytics calls this inside the batch's own autocast block, which takes the switch back at its end
+            if self.bfloat16: torch.set_autocast_enabled("cpu", True)
+            return {**batch, "img": batch["img"].contiguous(memory_format=torch.channels_last)}
 
         def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             plain = super().build_optimizer(model, *args, **kwargs)
@@ -149,7 +161,7 @@ def trainer_class(
 
     return ToolTrainer
 
-# %% ../../nbs/30b_recipe.ipynb #c031
+# %% ../../nbs/30b_recipe.ipynb #c032
 def ultralytics_settings(
     cfg: TrainConfig,
     seed: int = 0,
@@ -165,12 +177,12 @@ def ultralytics_settings(
         fliplr=cfg.fliplr, flipud=cfg.flipud, scale=cfg.scale, translate=cfg.translate, mosaic=cfg.mosaic,
         close_mosaic=cfg.epochs // 5, hsv_h=hsv_h, hsv_s=hsv_s, hsv_v=hsv_v, exist_ok=True)
 
-# %% ../../nbs/30b_recipe.ipynb #c035
+# %% ../../nbs/30b_recipe.ipynb #c036
 def leads() -> bool:  # false in all processes but one of a training on several GPUs
     "Tell whether this process speaks for the training."
     return os.environ.get("RANK", "-1") in ("-1", "0")
 
-# %% ../../nbs/30b_recipe.ipynb #c036
+# %% ../../nbs/30b_recipe.ipynb #c037
 class Progress:
     "A bar that follows a training through Ultralytics' callbacks."
 
@@ -198,7 +210,7 @@ class Progress:
     def teardown(self, trainer: Any) -> None:
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/30b_recipe.ipynb #c040
+# %% ../../nbs/30b_recipe.ipynb #c041
 class Curves:
     "Event files for TensorBoard, written through Ultralytics' callbacks."
 

@@ -24,6 +24,7 @@ from .model import (build_model, find_weights, memory_in_use, model_sha, read_we
                                  write_weights)
 from .recipe import (Curves, Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
                                   ultralytics_settings)
+from .precision import fast_bfloat16, loss_in_full, wants_bfloat16
 from ..schema import CLASSES
 
 # %% auto #0
@@ -137,11 +138,13 @@ def _prepare(
     return set(known["carried"]), known["total"], done
 
 # %% ../../nbs/30_train.ipynb #c022
-def _shrink_sigma(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
+def _begin_epoch(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
     from ultralytics.utils.torch_utils import unwrap_model
 
     model = unwrap_model(trainer.model)
     set_sigma(model, sigma_at(trainer.epoch, cfg, fresh=bool(fresh_head(model, carried))))
+    loss_in_full(model)
+    trainer.bfloat16 = wants_bfloat16(trainer.epoch, cfg, trainer.device.type)
 
 def _stop_at_nan(trainer: Any, cfg: TrainConfig) -> None:
     bad = [k for k, v in (trainer.tloss or {}).items() if not math.isfinite(float(v))]
@@ -176,7 +179,7 @@ def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: d
             if hasattr(follower, event): trainer.add_callback(event, getattr(follower, event))
     if done: trainer.add_callback("on_train_start", functools.partial(_check_resumed, done=done))
     trainer.add_callback("on_train_epoch_end", functools.partial(_stop_at_nan, cfg=cfg))
-    trainer.add_callback("on_train_epoch_start", functools.partial(_shrink_sigma, cfg=cfg, carried=carried))
+    trainer.add_callback("on_train_epoch_start", functools.partial(_begin_epoch, cfg=cfg, carried=carried))
     try: trainer.train()
     except (RuntimeError, MemoryError, subprocess.CalledProcessError) as e:
         told = _explain(e, cfg, settings["device"])
@@ -227,7 +230,8 @@ def train(
         work = out / "training"
         carried, total, done = _prepare(work, Path(data), splits, cfg, weights, seed)
         if done < cfg.epochs: _fit(work, cfg, carried, done, ultralytics_settings(cfg, seed, device), progress)
-        more = dict(data=Path(data).name, device=device, resumed_after_epochs=done, tensors=total,
+        more = dict(data=Path(data).name, device=device, images=len(splits["train"]["images"]),
+                    bfloat16=cfg.bfloat16 and fast_bfloat16(device), resumed_after_epochs=done, tensors=total,
                     tensors_carried=len(carried), initial_weights=weights.name if weights else "scratch",
                     seconds=round(time.monotonic() - started, 1))
         _finish(out, work, cfg, facts, more)
