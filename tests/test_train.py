@@ -19,6 +19,7 @@ from surgpose.data.coco import read_coco, split_coco
 from surgpose.data.yolo import write_yolo
 from surgpose.pose import download
 from surgpose.pose import train as training
+from surgpose.pose.ablate import CAD_NAMES, ablate, ablation_table, read_ablation
 from surgpose.pose.model import build_model, cpu_threads, find_weights, memory_in_use, ultralytics
 from surgpose.pose.recipe import dataset_facts, trainer_class, ultralytics_settings
 from surgpose.pose.train import train
@@ -202,3 +203,18 @@ def test_the_curves_are_those_of_the_table(run):
         assert [e.value for e in seen.Scalars(name)] == pytest.approx(told, rel=1e-3, abs=1e-5)
     sigmas = [e.value for e in seen.Scalars("sigma")]
     assert sigmas == pytest.approx([TINY.sigma_start, TINY.sigma_end], rel=1e-5)
+
+
+# One thing at a time ----------------------------------------------------------------------------------------
+
+
+def test_an_ablation_trains_on_other_names_and_goes_on_where_it_was(tmp_path):
+    some, cfg = {"as it is": {}, CAD_NAMES: {}}, TINY.model_copy(update=dict(epochs=1, batch=8))
+    sample = Path(__file__).parents[1] / "data/sample/render"
+    results = ablate(sample, tmp_path, cfg, variations=some, device="cpu", progress=False)
+    told = [training.read_json(tmp_path / n / "provenance.json") for n in ("as_it_is", "jaws_named_by_the_CAD")]
+    assert told[0]["data_hash"] != told[1]["data_hash"] and len(ablation_table(results)) == 2
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    again = ablate(sample, tmp_path, cfg, variations=some, device="cpu", progress=False)
+    assert again == results == read_ablation(tmp_path)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
