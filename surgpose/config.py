@@ -110,6 +110,11 @@ class RefineConfig(Section):
     synthetic_per_pseudo: float = Field(2.0, ge=0, description="synthetic images kept for each pseudo-labelled frame")
     min_frames: int = Field(4, ge=1, description="fewest accepted frames worth a refinement; with less the teacher is kept")
     gate_tolerance: float = Field(0.02, ge=0, description="drop of AP on held-out data beyond which the teacher is kept")
+    gate_share: float = Field(0.3, ge=0, lt=1, description="share of the video's labelled frames, from its start, that the gate judges by; the others measure")
+    person_weight: int = Field(3, ge=1, description="how often a frame counts in which a person accepted or corrected a pose")
+    pseudo_per_synthetic: float = Field(4.0, gt=0, description="most accepted frames for each synthetic training image; more are thinned evenly, a person's never")
+    rounds: int = Field(1, ge=1, description="most rounds of proposing labels and learning from them; one that is thrown away is the last")
+    teacher_ema: float = Field(0.0, ge=0, lt=1, description="share of the old weights in the next round's teacher; 0 takes the student as it is")
 
 # %% ../nbs/01_config.ipynb #c015
 class ReportConfig(Section):
@@ -144,6 +149,7 @@ PROFILES: dict[str, dict] = {
     "cpu": dict(
         render=dict(images=1000, width=640, height=480, samples=4, val_share=0.15),
         train=dict(imgsz=416, epochs=40, batch=16, warmup_epochs=3.0),
+        refine=dict(rounds=2, teacher_ema=0.3),
     ),
     "paper": dict(
         render=dict(images=1150, width=1280, height=1024, res_scale=0.8, samples=24, per_obj_cap=50, val_share=0.15,
