@@ -79,13 +79,15 @@ def read_json(
 # %% ../nbs/02_files.ipynb #c013
 def append_jsonl(
     path: Path | str,
-    row: dict,  # one line
+    *rows: dict,  # one line each; they go out in one piece
 ) -> None:
-    "Append one line and see it onto the disk."
+    "Append lines and see them onto the disk."
     path = Path(path)
+    text = "".join(json.dumps(row, default=_plain, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+    if not rows: return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as f:
-        f.write((json.dumps(row, default=_plain, allow_nan=False, ensure_ascii=False) + "\n").encode())
+        f.write(text.encode())
         f.flush(); os.fsync(f.fileno())
 
 # %% ../nbs/02_files.ipynb #c014

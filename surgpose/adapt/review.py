@@ -5,6 +5,7 @@
 # %% ../../nbs/42_review.ipynb #c002
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -13,19 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
+from .decisions import (VERDICTS, Key, key_of, read_decisions, seconds_per_item, standing, taken_back,
+                                      undo_stacks)
+from .edit import check_fix, editable, move_point, set_visibility, swap_jaws
 from .pseudo import Candidates, is_settled, make_table
-from ..files import append_jsonl, atomic_write, read_jsonl, utc_now
+from ..files import append_jsonl, atomic_write, utc_now
 from ..geometry import box_of_keypoints, iou_xywh
-from ..schema import HINGE, JAW_L, JAW_R, KEYPOINTS, TIP, order_jaws
+from ..schema import Frame, class_name
 
 # %% auto #0
-__all__ = ['Key', 'VERDICTS', 'ReviewItem', 'review_items', 'standing', 'read_decisions', 'check_fix', 'undo_stacks',
-           'ReviewState', 'apply_decisions']
+__all__ = ['ReviewItem', 'review_items', 'ReviewState', 'apply_decisions']
 
 # %% ../../nbs/42_review.ipynb #c005
-Key = tuple[str, int, int]  # video, frame number, track
-
-
 @dataclass(frozen=True, eq=False)
 class ReviewItem:
     "A pose to decide on."
@@ -38,6 +38,7 @@ class ReviewItem:
     xywh_px: np.ndarray  # (4,)
     keypoints: np.ndarray  # (5, 3) x, y in px, and 0 for a point without label
     reasons: tuple[str, ...]
+    size_px: tuple[int, int] = (0, 0)  # width and height of the frame; (0, 0) where nobody knows
 
     @property
     def key(self) -> Key:
@@ -55,74 +56,15 @@ def review_items(
     everything: bool = False,  # the sure poses too
 ) -> list[ReviewItem]:  # the most doubtful first, then in order of time
     "List what a person should look at."
-    names = {f.index: f.file_name for f in found.frames}
+    frames = {f.index: f for f in found.frames}
     rows = found.table[(found.table.track >= 0) & (everything | ~is_settled(found.table))]
-    items = [ReviewItem(names[r.frame], r.frame, r.track, r.t_s, r.category_id, r.score,
-                        np.array([r.x, r.y, r.w, r.h]), np.reshape(r.keypoints, (-1, 3)), r.reasons)
-             for r in rows.itertuples()]
+    items = [ReviewItem(f.file_name, r.frame, r.track, r.t_s, r.category_id, r.score,
+                        np.array([r.x, r.y, r.w, r.h]), np.reshape(r.keypoints, (-1, 3)), r.reasons,
+                        (f.width, f.height))
+             for r, f in ((r, frames[r.frame]) for r in rows.itertuples())]
     return sorted(items, key=lambda item: (-item.doubt, item.frame))
 
 # %% ../../nbs/42_review.ipynb #c010
-VERDICTS = ("accept", "reject", "fix", "open")
-
-
-def standing(
-    lines: Sequence[dict],  # of decisions.jsonl, oldest first
-) -> dict[Key, dict]:  # key -> the line that rules; keys without a word are absent
-    "Find the decisions that stand."
-    last: dict[tuple[bool, Key], dict] = {}
-    for line in lines:
-        last[line["by"] == "person", (line["video"], line["frame"], line["track"])] = line
-    out = {}
-    for person in (False, True):
-        said = {key: line for (by_person, key), line in last.items() if by_person == person}
-        out |= {key: line for key, line in said.items() if line["verdict"] != "open"}
-    return out
-
-# %% ../../nbs/42_review.ipynb #c013
-def read_decisions(
-    path: Path | str,  # decisions.jsonl; no file is no decisions
-) -> list[dict]:  # its lines
-    "Read and check a decisions file."
-    lines = read_jsonl(path)
-    for number, line in enumerate(lines, 1):
-        where, missing = f"{path} line {number}", {"video", "frame", "track", "verdict", "by"} - line.keys()
-        if missing: raise ValueError(f"{where}: expected {min(missing)!r} in a decision, got {sorted(line)}")
-        if line["verdict"] not in VERDICTS:
-            raise ValueError(f"{where}: expected a verdict of {', '.join(VERDICTS)}, got {line['verdict']!r}")
-        if line["verdict"] == "fix": check_fix(line.get("keypoints"), where)
-    return lines
-
-# %% ../../nbs/42_review.ipynb #c015
-def check_fix(
-    keypoints: object,  # (5, 3) or 15 numbers: x, y in px, and visibility 0, 1 or 2
-    where: str = "fix",  # what to call it in an error
-) -> np.ndarray:  # (5, 3), points without label are (0, 0, 0), jaws in order
-    "Accept a corrected pose, or say what is wrong with it."
-    try: kpts = np.array(keypoints, float).reshape(len(KEYPOINTS), 3)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected {3 * len(KEYPOINTS)} numbers, got {keypoints!r}") from None
-    if not np.isfinite(kpts).all() or not np.isin(kpts[:, 2], (0, 1, 2)).all() or not kpts[:, 2].any():
-        raise ValueError(f"{where}: expected finite x, y and visibility 0, 1 or 2, with one point labelled "
-                         f"at least; got {kpts.tolist()}")
-    kpts[kpts[:, 2] == 0] = 0
-    return order_jaws(kpts) if kpts[[TIP, JAW_L, JAW_R, HINGE], 2].all() else kpts
-
-# %% ../../nbs/42_review.ipynb #c019
-def undo_stacks(
-    lines: Sequence[dict],  # of decisions.jsonl
-) -> tuple[list[dict], list[dict]]:  # what can be undone and what redone, the next one last
-    "Replay a person's lines."
-    done, undone = [], []
-    for line in lines:
-        if line["by"] != "person": continue
-        action = line.get("action", "do")
-        if action == "undo" and done: undone.append(done.pop())
-        elif action == "redo" and undone: done.append(undone.pop())
-        else: done, undone = [*done, line], []
-    return done, undone
-
-# %% ../../nbs/42_review.ipynb #c020
 class ReviewState:
     "Items, and what has been decided on them."
 
@@ -130,8 +72,11 @@ class ReviewState:
         self,
         items: Sequence[ReviewItem],
         path: Path | str,  # decisions.jsonl; made with the first decision
+        *,
+        sure: Sequence[ReviewItem] = (),  # poses that nobody need look at; a word on their whole track reaches them
+        who: str = "",  # who decides; wanted where two people's files are to be merged
     ) -> None:
-        self.items, self.path = list(items), Path(path)
+        self.items, self.path, self.sure, self.who = list(items), Path(path), list(sure), who
         self.lines = read_decisions(self.path)
         _mend(self.path)
 
@@ -144,40 +89,79 @@ class ReviewState:
         "What stands on item `i`: accept, reject, fix, or open."
         return self.decisions.get(self.items[i].key, {}).get("verdict", "open")
 
+    def pose(self, i: int) -> tuple[np.ndarray, int]:
+        "Item `i` as it stands: keypoints (5, 3) with COCO's visibility, and the class."
+        return self.stands(self._item(i))
+
+    def stands(self, item: ReviewItem) -> tuple[np.ndarray, int]:
+        "Any pose as it stands, also one that nobody need look at."
+        said = self.decisions.get(item.key, {})
+        if said.get("verdict") != "fix": return editable(item.keypoints), item.category_id
+        return check_fix(said["keypoints"]), said.get("category_id") or item.category_id
+
     def accept(self, i: int) -> None:
-        "Make item `i` a label as it is."
-        self._say(i, "accept")
+        "Make item `i` a label as it was predicted."
+        self._append(self._line(self._item(i), "accept"))
 
     def reject(self, i: int) -> None:
         "Keep item `i`, and its frame, out."
-        self._say(i, "reject")
+        self._append(self._line(self._item(i), "reject"))
 
-    def fix(self, i: int, keypoints: np.ndarray) -> None:
-        "Make item `i` a label with these keypoints, (5, 3) with COCO's visibility."
-        self._say(i, "fix", check_fix(keypoints).round(2).ravel().tolist())
+    def fix(self, i: int, keypoints: np.ndarray, category_id: int | None = None) -> None:
+        "Make item `i` a label with these keypoints, (5, 3) with COCO's visibility, and perhaps another class."
+        category_id = category_id or self.pose(i)[1]
+        class_name(category_id)
+        self._append(self._line(self._item(i), "fix", check_fix(keypoints), category_id))
+
+    def move_point(self, i: int, k: int, xy_px: tuple[float, float]) -> None:
+        "Correct item `i`: keypoint `k` is at `xy_px`."
+        self.fix(i, move_point(self.pose(i)[0], k, xy_px, size_px=self._item(i).size_px))
+
+    def set_visibility(self, i: int, k: int, visibility: int) -> None:
+        "Correct item `i`: keypoint `k` is seen (2), hidden (1) or not to be labelled (0)."
+        self.fix(i, set_visibility(self.pose(i)[0], k, visibility))
+
+    def swap_jaws(self, i: int) -> None:
+        "Correct item `i`: left is right; lasts where the image rule cannot tell."
+        self.fix(i, swap_jaws(self.pose(i)[0]))
+
+    def set_class(self, i: int, category_id: int) -> None:
+        "Correct item `i`: it is another kind of tool."
+        self.fix(i, self.pose(i)[0], category_id)
+
+    def to_track(self, i: int) -> int:
+        "Say what stands on item `i` of all its track that is undecided; tells of how many poses."
+        decided, item = self.decisions, self._item(i)
+        said = decided.get(item.key)
+        near = [(other, is_sure) for pool, is_sure in ((self.items, False), (self.sure, True)) for other in pool
+                if other.key[::2] == item.key[::2] and other.key not in decided]
+        lines = [self._like(said, other, is_sure) for other, is_sure in near] if said else []
+        self._append(*lines, batch=os.urandom(4).hex())
+        return sum(line is not None for line in lines)
 
     def undo(self) -> Key | None:
-        "Take the last decision back; tells which item, None if there was none."
-        done, _ = undo_stacks(self.lines)
+        "Take this person's last action back; tells which item, None if there was none."
+        done, _ = undo_stacks(self.lines, self.who)
         if not done: return None
-        key = _key(done[-1])
-        before = next((line for line in reversed(done[:-1]) if _key(line) == key), dict(verdict="open"))
-        self._append({**done[-1], "verdict": before["verdict"], "keypoints": before.get("keypoints"),
-                      "action": "undo"})
-        return key
+        past = [line for action in done[:-1] for line in action]
+        self._append(*(taken_back(line, past) for line in done[-1]))
+        return key_of(done[-1][0])
 
     def redo(self) -> Key | None:
         "Repeat what was last undone; tells which item."
-        _, undone = undo_stacks(self.lines)
+        _, undone = undo_stacks(self.lines, self.who)
         if not undone: return None
-        self._append({**undone[-1], "action": "redo"})
-        return _key(undone[-1])
+        self._append(*({**line, "action": "redo"} for line in undone[-1]))
+        return key_of(undone[-1][0])
 
-    def open_items(self, reason: str | None = None) -> list[int]:
-        "Numbers of the items still to be decided, all or those doubted for `reason`."
+    def open_items(
+        self, reason: str | None = None, *, category_id: int | None = None, track: int | None = None
+    ) -> list[int]:
+        "Numbers of the items still to be decided: all, or those of one doubt, class or track."
         decided = self.decisions
-        return [i for i, item in enumerate(self.items)
-                if item.key not in decided and (not reason or reason in item.reasons)]
+        return [i for i, item in enumerate(self.items) if item.key not in decided
+                and (not reason or reason in item.reasons) and category_id in (None, item.category_id)
+                and track in (None, item.track)]
 
     def counts(self) -> dict[str, int]:
         "How many items are accepted, rejected, fixed and open."
@@ -190,54 +174,77 @@ class ReviewState:
         "Share of the items that are decided; 1 when there is nothing to decide."
         return 1 - len(self.open_items()) / len(self.items) if self.items else 1.0
 
-    def _say(self, i: int, verdict: str, keypoints: list[float] | None = None) -> None:
-        if not 0 <= i < len(self.items):
-            raise ValueError(f"review: expected an item from 0 to {len(self.items) - 1}, got {i}")
-        video, frame, track = self.items[i].key
-        self._append(dict(video=video, frame=int(frame), track=int(track), verdict=verdict,
-                          keypoints=keypoints, bbox=np.round(self.items[i].xywh_px, 2).tolist(), by="person",
-                          action="do"))
+    def seconds_left(self) -> float | None:
+        "Guess how long the open items will take; None before anybody can know."
+        pace = seconds_per_item(line for line in self.lines if line.get("who", "") == self.who)
+        return None if pace is None else pace * len(self.open_items())
 
-    def _append(self, line: dict) -> None:
-        line = {**line, "at": utc_now()}
-        append_jsonl(self.path, line)
-        self.lines.append(line)
+    def _item(self, i: int) -> ReviewItem:
+        if 0 <= i < len(self.items): return self.items[i]
+        raise ValueError(f"review: expected an item from 0 to {len(self.items) - 1}, got {i}")
 
-# %% ../../nbs/42_review.ipynb #c021
-def _key(line: dict) -> Key:
-    return line["video"], line["frame"], line["track"]
+    def _line(self, item: ReviewItem, verdict: str, kpts: np.ndarray | None = None, category_id: int | None = None) -> dict:
+        video, frame, track = item.key
+        return dict(video=video, frame=int(frame), track=int(track), verdict=verdict,
+                    keypoints=None if kpts is None else kpts.round(2).ravel().tolist(), category_id=category_id,
+                    bbox=np.round(item.xywh_px, 2).tolist(), by="person", who=self.who, action="do")
 
-# %% ../../nbs/42_review.ipynb #c022
+    def _like(self, said: dict, other: ReviewItem, is_sure: bool) -> dict | None:
+        if said["verdict"] != "fix":
+            return None if is_sure and said["verdict"] == "accept" else self._line(other, said["verdict"])
+        own, kind = editable(other.keypoints), said.get("category_id") or other.category_id
+        kpts = _seen_alike(own, check_fix(said["keypoints"]))
+        idle = is_sure and kind == other.category_id and (kpts == own).all()
+        return None if idle or not kpts[:, 2].any() else self._line(other, "fix", check_fix(kpts), kind)
+
+    def _append(self, *lines: dict | None, batch: str = "") -> None:
+        more = dict(at=utc_now()) | (dict(batch=batch) if batch else {})
+        lines = [{**line, **more} for line in lines if line is not None]
+        append_jsonl(self.path, *lines)
+        self.lines += lines
+
+# %% ../../nbs/42_review.ipynb #c011
+def _seen_alike(own: np.ndarray, model: np.ndarray) -> np.ndarray:
+    out = own.copy()
+    hidden = (own[:, 2] > 0) & (model[:, 2] < 2)
+    out[hidden, 2] = model[hidden, 2]
+    return out
+
+
 def _mend(path: Path) -> None:
     data = path.read_bytes() if path.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data: atomic_write(path, whole)  # a crash cut the last line short
 
-# %% ../../nbs/42_review.ipynb #c028
+# %% ../../nbs/42_review.ipynb #c023
 def apply_decisions(
     found: Candidates,
     decisions: Path | str | dict[Key, dict] | None,  # decisions.jsonl, or what `standing` made of it
 ) -> Candidates:
     "Overlay candidates with what was decided."
     if not isinstance(decisions, dict): decisions = standing(read_decisions(decisions)) if decisions else {}
-    names = {f.index: f.file_name for f in found.frames}
+    frames = {f.index: f for f in found.frames}
     rows, stale = found.table.to_dict("records"), 0
     for row in rows:
-        said = decisions.get((names[row["frame"]], row["frame"], row["track"]))
+        frame = frames[row["frame"]]
+        said = decisions.get((frame.file_name, row["frame"], row["track"]))
         if said and not _same_place(row, said): stale += 1
-        elif said: row.update(_decided(row, said))
+        elif said: row.update(_decided(row, said, frame))
     if stale:
         warnings.warn(f"review: left out {stale} decisions on poses that are elsewhere now", stacklevel=2)
     return replace(found, table=make_table(rows))
 
-# %% ../../nbs/42_review.ipynb #c029
+# %% ../../nbs/42_review.ipynb #c024
 def _same_place(row: dict, said: dict) -> bool:
     return "bbox" not in said or iou_xywh([[row[c] for c in "xywh"]], [said["bbox"]])[0, 0] > 0.5
 
 
-def _decided(row: dict, said: dict) -> dict:
+def _decided(row: dict, said: dict, frame: Frame) -> dict:
     if said["verdict"] == "reject": return dict(kept=False, reasons=(*row["reasons"], "rejected"))
     if said["verdict"] == "accept": return dict(kept=True)
-    kpts = check_fix(said["keypoints"])
-    box = box_of_keypoints(kpts, 0.12).round(2).tolist()
-    return dict(kept=True, keypoints=kpts.ravel().tolist(), **dict(zip("xywh", box, strict=True)))
+    kpts, size = check_fix(said["keypoints"]), np.array([frame.width, frame.height])
+    x, y, w, h = box_of_keypoints(kpts, 0.12)
+    low, high = np.clip([x, y], 0, size), np.clip([x + w, y + h], 0, size)
+    box = [*low, *(high - low)] if (high - low).min() > 1 else [row[c] for c in "xywh"]
+    return dict(kept=True, keypoints=kpts.ravel().tolist(), category_id=said.get("category_id") or row["category_id"],
+                **dict(zip("xywh", np.round(box, 2).tolist(), strict=True)))
