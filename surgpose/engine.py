@@ -19,7 +19,7 @@ import surgpose
 from .config import RunConfig, config_yaml
 from .files import (atomic_write, hash_data, lock_folder, read_json, safe_join, sha256_file, utc_now,
                             versions, write_json)
-from .page import format_number, write_index
+from .page import format_number, headlines, write_index
 
 # %% auto #0
 __all__ = ['SPEED', 'Job', 'Phase', 'fingerprint', 'select_phases', 'run_phases']
@@ -157,7 +157,15 @@ def _step(
     record[phase.name] = _attempt(phase, job, record[phase.name])
     return _outcome(record[phase.name])
 
-# %% ../nbs/90a_engine.ipynb #c027
+# %% ../nbs/90a_engine.ipynb #c028
+def _remembered(old: dict, phases: dict[str, dict], out: Path) -> dict[str, Any]:
+    numbers = {n: p["numbers"] for n, p in phases.items() if p.get("numbers")}
+    now = dict(ended=utc_now(), numbers=numbers, tiles=headlines(out))
+    last = old.get("last")
+    changed = last and (last["numbers"], last["tiles"]) != (now["numbers"], now["tiles"])
+    return dict(last=now, previous=last if changed else old.get("previous"))
+
+# %% ../nbs/90a_engine.ipynb #c029
 def run_phases(
     phases: Sequence[Phase],  # in an order in which needs come first
     job: Job,
@@ -169,11 +177,13 @@ def run_phases(
     "Run phases into the run folder; the record and the index are written whatever happens."
     chosen = select_phases(phases, only, start)
     with lock_folder(job.out):
+        for left in job.out.glob(".*.tmp*"): left.unlink()  # half-written when an earlier run was killed
         path = job.out / "run.json"
-        record = read_json(path).get("phases", {}) if path.is_file() else {}
+        old = read_json(path) if path.is_file() else {}
+        record = old.get("phases", {})
         facts = dict(profile=job.cfg.profile, seed=job.cfg.seed, device=job.cfg.device, video=job.video,
                      truth=job.truth, config=hash_data(job.cfg.model_dump(mode="json")), versions=versions(),
-                     started=utc_now())
+                     started=utc_now(), **{k: old.get(k) for k in ("last", "previous")})
         def save(**more: Any) -> None:
             ordered = {p.name: record.setdefault(p.name, dict(status="skipped")) for p in phases}
             write_json(path, {**facts, **more, "phases": ordered})
@@ -186,6 +196,6 @@ def run_phases(
                 save()
         finally:
             ok = all(record[n]["status"] in ("ok", "fresh") for n in chosen)
-            save(ok=ok, ended=utc_now())
+            save(ok=ok, ended=utc_now(), **(_remembered(old, record, job.out) if ok else {}))
             write_index(job.out)
     return ok

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['POLICY', 'STYLE', 'FRAME', 'NOTEBOOK', 'INDEX', 'STATES', 'format_number', 'fill_page', 'notebook_page', 'thumbnail',
-           'write_index']
+           'headlines', 'write_index']
 
 # %% ../nbs/91b_page.ipynb #c005
 POLICY = ("default-src 'none'; img-src data:; media-src 'self' file:; style-src 'unsafe-inline'; "
@@ -169,7 +169,7 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 {% for name, p in broken.items() %}<li><b>{{ name }}</b>: {{ p.error or p.status }}</li>{% endfor %}</ul></div>{% endif %}
 {% if verdict or tiles %}<div class="headline">
 {% if verdict %}<p class="verdict">{{ verdict }}</p>{% endif %}<div class="tiles">
-{% for label, value in tiles.items() %}<div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}
+{% for label, value in tiles.items() %}<div class="tile"><b>{{ value }}</b><span>{{ label }}{% if label in before.tiles %}<br>the run before: {{ before.tiles[label] }}{% endif %}</span></div>{% endfor %}
 </div></div>{% endif %}
 <div class="cards">{% for r in reports %}<a class="card" href="{{ r.name }}.html">
 {% if r.picture %}<img src="{{ r.picture }}" alt="first picture of {{ r.title }}">{% endif %}
@@ -184,10 +184,11 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 <td class="number">{% if row.low is number %}{{ row.low|number }} to {{ row.high|number }}{% endif %}</td></tr>{% endfor %}
 </table>{% endfor %}
 {% if film %}<h2>The video</h2><figure><video controls muted preload="metadata" src="{{ film }}"></video></figure>{% endif %}
-{% if phases %}<h2>Phases</h2><table><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th></tr>
+{% if phases %}<h2>Phases</h2><table><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th>{% if before.numbers %}<th>the run before, {{ before.ended }}</th>{% endif %}</tr>
 {% for name, p in phases.items() %}<tr><td>{{ name }}</td><td><span class="state {{ p.css }}">{{ p.word }}</span></td>
 <td class="number">{{ p.time }}</td><td>{% for label, value in p.numbers.items() %}{{ label }}&nbsp;{{ value|number }}
-{{ "" if loop.last else " · " }}{% endfor %}{{ p.error }}</td></tr>{% endfor %}</table>{% endif %}
+{{ "" if loop.last else " · " }}{% endfor %}{{ p.error }}</td>
+{% if before.numbers %}<td class="soft">{% for label, value in before.numbers.get(name, {}).items() %}{{ label }}&nbsp;{{ value|number }}{{ "" if loop.last else " · " }}{% endfor %}</td>{% endif %}</tr>{% endfor %}</table>{% endif %}
 {% if files %}<h2>Files</h2><ul class="plain">{% for f in files %}<li><a href="{{ f }}">{{ f }}</a></li>{% endfor %}</ul>{% endif %}
 {% if facts %}<h2>Made from</h2><ul class="plain soft">
 {% for k, v in facts.items() %}<li><b>{{ k }}</b> {{ v }}</li>{% endfor %}</ul>{% endif %}{% endblock %}"""
@@ -215,7 +216,11 @@ def _report_cards(out: Path) -> list[dict]:
     return cards
 
 # %% ../nbs/91b_page.ipynb #c031
-def _tiles(compare: dict) -> dict[str, str]:
+def headlines(
+    out: Path,  # run folder
+) -> dict[str, str]:  # label -> value; empty before anything was compared
+    "Find the numbers that a run is known by: the first of each comparison."
+    compare = read_json(out / "compare.json") if (out / "compare.json").is_file() else {}
     def change(row: dict) -> str:
         values = [v for v in (row["before"], row["after"]) if v is not None]
         return " → ".join(map(format_number, values)) or "n/a"
@@ -236,8 +241,10 @@ def write_index(
     films = [f for f in ("side_by_side.mp4", "predictions/overlay.mp4") if (out / f).is_file()]
     done = sum(p["status"] in ("ok", "fresh") for p in entries.values())
     known = {**run, **run.get("versions", {}), **{k: Path(run[k]).name for k in ("video", "truth") if run.get(k)}}
-    facts = {k: v for k, v in known.items() if k not in ("phases", "versions") and v not in (None, "")}
+    facts = {k: v for k, v in known.items() if k not in ("phases", "versions", "last", "previous") and v not in (None, "")}
+    before = (run.get("previous") if run.get("ok") else run.get("last")) or {}
     page = fill_page(INDEX, title=f"surgpose: {out.name}", subtitle=f"{done} of {len(entries)} phases finished.", broken=broken,
-                     verdict=compare.get("verdict", ""), tiles=_tiles(compare), reports=cards, sets=compare.get("sets", []),
-                     phases=phases, files=files, facts=facts, film=films[0] if films else "")
+                     verdict=compare.get("verdict", ""), tiles=headlines(out), reports=cards, sets=compare.get("sets", []),
+                     phases=phases, files=files, facts=facts, film=films[0] if films else "",
+                     before={"tiles": {}, "numbers": {}, "ended": "", **before})
     return atomic_write(out / "index.html", page)

@@ -5,57 +5,22 @@
 # %% ../nbs/91a_verbs.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 from .config import (EvaluateConfig, PredictConfig, PseudoConfig, RefineConfig, RenderConfig, RunConfig, TrackConfig,
-                             TrainConfig, from_environment, load_config, output_root, override, profile,
-                             videos_from_environment)
+                             TrainConfig, from_environment, load_config, override, profile, videos_from_environment)
+from .flags import Flat, Out, Settings, Verb, as_usage, read_pair
+from .flags import UsageError as UsageError
 
 # %% auto #0
-__all__ = ['Out', 'Settings', 'Flat', 'VERBS', 'UsageError', 'as_usage', 'Verb', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs',
-           'Predict', 'Export', 'Pseudo', 'Refine', 'Compare', 'Report', 'Run', 'Doctor']
-
-# %% ../nbs/91a_verbs.ipynb #c005
-class UsageError(ValueError):
-    "A command that makes no sense, as opposed to a run that failed."
+__all__ = ['VERBS', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs', 'Predict', 'Export', 'Pseudo', 'Refine', 'Compare', 'Report',
+           'Run', 'Doctor', 'Docs']
 
 # %% ../nbs/91a_verbs.ipynb #c006
-def as_usage(
-    build: Callable[[], Any],  # a function without arguments
-) -> Any:  # what it returns
-    "Call a function whose errors are the user's."
-    try: return build()
-    except (ValueError, FileNotFoundError) as e: raise UsageError(str(e)) from e
-
-# %% ../nbs/91a_verbs.ipynb #c007
-def _pair(text: str) -> tuple[str, str]:
-    key, sep, value = text.partition("=")
-    if not sep: raise UsageError(f"-p: expected name=value, got {text!r}")
-    return key.strip(), value
-
-# %% ../nbs/91a_verbs.ipynb #c010
-Out = Annotated[Path | None, arg(metavar="DIR")]
-Settings = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", aliases=["-p"], metavar="KEY=VALUE")]
-Flat = arg(name="")  # the fields of a config become flags without a prefix
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verb:
-    "What all verbs take."
-    profile: Literal["demo", "cpu", "paper"] = "demo"  # where the defaults of the other flags come from
-    debug: bool = False  # show the traceback of an error; SURGPOSE_DEBUG=1 does the same
-    short: ClassVar[dict[str, str]] = {}  # other names of flags
-
-    def place(self, out: Path | None, name: str) -> Path:
-        "Choose the folder to write: what the user said, or a name under PROJ_OUT or reports/."
-        return output_root() / name if out is None else out
-
-# %% ../nbs/91a_verbs.ipynb #c011
 @dataclass(frozen=True, kw_only=True)
 class Render(Verb):
     """Render labelled images of tools into a dataset folder; an interrupted render is continued.
@@ -82,7 +47,7 @@ class Render(Verb):
             write_bop(out, self.bop, device=self.device)
         return out
 
-# %% ../nbs/91a_verbs.ipynb #c012
+# %% ../nbs/91a_verbs.ipynb #c007
 @dataclass(frozen=True, kw_only=True)
 class Stats(Verb):
     """Count and draw what a dataset holds.
@@ -96,7 +61,7 @@ class Stats(Verb):
         from surgpose.synth.statistics import write_stats
         return write_stats(self.data, self.place(self.out, "stats"))
 
-# %% ../nbs/91a_verbs.ipynb #c013
+# %% ../nbs/91a_verbs.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
 class Train(Verb):
     """Train a network on a dataset folder; an interrupted training is continued.
@@ -113,7 +78,7 @@ class Train(Verb):
         from surgpose.pose.train import train
         return train(self.data, self.place(self.out, "teacher"), self.train, seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c014
+# %% ../nbs/91a_verbs.ipynb #c009
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Verb):
     """Score a network on whatever is labelled: images, boxes alone, a video with labels or tips.
@@ -137,7 +102,7 @@ class Evaluate(Verb):
         if self.elsewhere: evaluate_elsewhere(self.weights, out, self.evaluate, device=self.device)
         return out / "metrics.json"
 
-# %% ../nbs/91a_verbs.ipynb #c015
+# %% ../nbs/91a_verbs.ipynb #c010
 @dataclass(frozen=True, kw_only=True)
 class Runs(Verb):
     """Lay trained networks out in one table: sizes, scores at both sigmas, seconds.
@@ -151,7 +116,7 @@ class Runs(Verb):
         from surgpose.pose.runs import runs_text
         return runs_text(self.folders, self.out)
 
-# %% ../nbs/91a_verbs.ipynb #c016
+# %% ../nbs/91a_verbs.ipynb #c011
 @dataclass(frozen=True, kw_only=True)
 class Predict(Verb):
     """Find tools in an image, a folder of images, a video, or what a webcam shows.
@@ -169,7 +134,7 @@ class Predict(Verb):
         out = self.place(self.out, "predictions")
         return predict(self.source, out, self.predict, weights=self.weights, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c017
+# %% ../nbs/91a_verbs.ipynb #c012
 @dataclass(frozen=True, kw_only=True)
 class Export(Verb):
     """Write a network for other programs: ONNX, OpenVINO, or TensorRT.
@@ -186,7 +151,7 @@ class Export(Verb):
         from surgpose.pose.openvino import export_files
         return export_files(self.weights, self.place(self.out, "export"), self.format, imgsz=self.imgsz, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c018
+# %% ../nbs/91a_verbs.ipynb #c013
 @dataclass(frozen=True, kw_only=True)
 class Pseudo(Verb):
     """Propose labels on an unlabelled video, with reasons for every doubt, and collect the sound frames.
@@ -206,7 +171,7 @@ class Pseudo(Verb):
         propose_labels(self.video, self.weights, out, self.pseudo, self.track, device=self.device)
         return out
 
-# %% ../nbs/91a_verbs.ipynb #c019
+# %% ../nbs/91a_verbs.ipynb #c014
 @dataclass(frozen=True, kw_only=True)
 class Refine(Verb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
@@ -227,7 +192,7 @@ class Refine(Verb):
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
                       seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c020
+# %% ../nbs/91a_verbs.ipynb #c015
 @dataclass(frozen=True, kw_only=True)
 class Compare(Verb):
     """Compare two networks on rendered images and on a video, labelled or not.
@@ -250,7 +215,7 @@ class Compare(Verb):
                      device=self.device)
         return out / "compare.json"
 
-# %% ../nbs/91a_verbs.ipynb #c021
+# %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
     """Run a report notebook and write its page.
@@ -265,19 +230,20 @@ class Report(Verb):
     def run(self) -> Path:
         from surgpose.files import read_json
         from surgpose.report import check_parameters, run_report
-        given = dict(_pair(text) for text in self.set)
+        given = dict(read_pair(text) for text in self.set)
         as_usage(lambda: check_parameters(self.name, given))
         page = run_report(self.name, self.place(self.out, "single"), given, timeout_s=self.timeout_s)
         stamp = read_json(page.with_suffix(".json"))
         if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
         return page
 
-# %% ../nbs/91a_verbs.ipynb #c023
+# %% ../nbs/91a_verbs.ipynb #c018
 @dataclass(frozen=True, kw_only=True)
 class Run(Verb):
     """Do the whole job: render, train, evaluate, predict a video, adapt to it, compare, report.
 
-    What is up to date is skipped, so the same command continues an interrupted run.
+    What is up to date is skipped, so the same command continues an interrupted run. With --matrix it is
+    done for every combination of the values in a YAML file, like: {seed: [0, 1, 2], train.imgsz: [320, 416]}.
 
     Example: surgpose run --profile demo --video clip.mp4 --out reports/clip -p train.epochs=20
     """
@@ -292,6 +258,8 @@ class Run(Verb):
     only: tuple[str, ...] = ()  # run these phases alone, like --only predict reports
     start: Annotated[str | None, arg(name="from")] = None  # run this phase and those behind it
     force: bool = False  # run what is up to date as well
+    matrix: Path | None = None  # YAML file of settings, each with a list of values: a run for every combination
+    scheduler: str | None = None  # address of a Dask scheduler, like tcp://host:8786; its workers run the matrix, or render
 
     def configure(self) -> RunConfig:
         "Build the config: profile or file, then PROJ_DATA, then single settings."
@@ -303,14 +271,22 @@ class Run(Verb):
         from surgpose.pipeline import PHASES, run, select_phases
         cfg = as_usage(self.configure)
         as_usage(lambda: select_phases(PHASES, self.only, self.start))
-        video = self.video or next(iter(videos_from_environment()), None)
+        given = dict(video=self.video or next(iter(videos_from_environment()), None), truth=self.truth,
+                     weights_init=self.weights_init, only=self.only, start=self.start, force=self.force)
+        if self.matrix is not None: return self._sweep(cfg, given)
+        if self.scheduler: cfg = override(cfg, [f"render.scheduler={self.scheduler}"])
         out = self.place(self.out, cfg.profile)
-        ok = run(cfg, out, video=video, truth=self.truth, weights_init=self.weights_init, only=self.only,
-                 start=self.start, force=self.force)
-        if not ok: raise RuntimeError(f"not every phase finished; see {out / 'index.html'}")
+        if not run(cfg, out, **given): raise RuntimeError(f"not every phase finished; see {out / 'index.html'}")
         return out / "index.html"
 
-# %% ../nbs/91a_verbs.ipynb #c024
+    def _sweep(self, cfg: RunConfig, given: dict) -> Path:
+        from surgpose.sweep import read_matrix, sweep
+        cells = as_usage(lambda: read_matrix(self.matrix, cfg))
+        out = self.place(self.out, self.matrix.stem)
+        if not sweep(cells, out, given, scheduler=self.scheduler): raise RuntimeError(f"not every run finished; see {out / 'index.html'}")
+        return out / "index.html"
+
+# %% ../nbs/91a_verbs.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what this machine has and lacks, each with the line that mends it.
@@ -323,6 +299,19 @@ class Doctor(Verb):
         if not well: raise RuntimeError(f"something essential is missing\n{table}")
         return table
 
-# %% ../nbs/91a_verbs.ipynb #c025
+# %% ../nbs/91a_verbs.ipynb #c020
+@dataclass(frozen=True, kw_only=True)
+class Docs(Verb):
+    """Write all notebooks as plain HTML pages with an index, to be read offline.
+
+    Example: surgpose docs --out _docs
+    """
+    out: Out = None  # folder for the pages; `docs` under PROJ_OUT or reports/ when absent
+
+    def run(self) -> Path:
+        from surgpose.docs import write_docs
+        return write_docs(self.place(self.out, "docs"))
+
+# %% ../nbs/91a_verbs.ipynb #c021
 VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Export, Pseudo, Refine,
-                                                                Compare, Report, Run, Doctor)}
+                                                                Compare, Report, Run, Doctor, Docs)}

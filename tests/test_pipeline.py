@@ -1,0 +1,386 @@
+"""A run as a whole: killed at any moment, stopped by a signal, under odd names, on a machine that says no."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import psutil
+import pytest
+
+from surgpose.adapt.pseudo import candidates, write_candidates
+from surgpose.adapt.track import follow
+from surgpose.cli import main
+from surgpose.config import PredictConfig, PseudoConfig, TrackConfig, profile
+from surgpose.data.video import read_video, video_info, write_video
+from surgpose.engine import Job, Phase, run_phases
+from surgpose.files import atomic_write, read_json, read_jsonl, utc_now, write_json
+from surgpose.pose.predict import predict
+from surgpose.report import run_report
+from surgpose.schema import Poses
+from surgpose.sweep import read_matrix, sweep
+from surgpose.synth.cluster import CODE, check_place
+from surgpose.synth.workers import RECORDS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Five phases that count in small steps, each of which is taken up again where it was; a ledger hears of every
+# begin, step and end. The verb `toy` runs them as `surgpose run` runs its own.
+TOY = """
+import os, sys, time
+from pathlib import Path
+from surgpose import cli
+from surgpose.config import profile
+from surgpose.engine import Job, Phase, run_phases
+from surgpose.files import append_jsonl, read_json, read_jsonl, write_json
+
+out, steps = Path(os.environ["TOY_OUT"]), int(os.environ["TOY_STEPS"])
+
+def say(kind, what):
+    if os.environ["TOY_LEDGER"]: append_jsonl(os.environ["TOY_LEDGER"], {kind: what})
+    print(kind, what, file=sys.stderr, flush=True)
+    sys.stdin.readline()  # the test says go on; it has gone when it lets all run
+
+def phase(name, *needs, base):
+    def work(job):
+        say("begin", name)
+        rows = job.out / f"{name}.jsonl"
+        total = sum(read_json(job.out / f"{n}.json")["total"] for n in needs)
+        for k in range(len(read_jsonl(rows)) if rows.is_file() else 0, steps):
+            time.sleep(0.003)
+            append_jsonl(rows, dict(step=k, value=(base + 31 * k * k) % 97))
+            say("step", f"{name} {k}")
+        write_json(job.out / f"{name}.json", dict(total=total + sum(r["value"] for r in read_jsonl(rows))))
+        say("end", name)
+        return read_json(job.out / f"{name}.json")
+    return Phase(name, work, needs=needs, makes=(f"{name}.json",), clears=(f"{name}.jsonl",))
+
+PHASES = (phase("draw", base=1), phase("learn", "draw", base=2), phase("look", "learn", base=3),
+          phase("adapt", "learn", "look", base=4), phase("tell", "draw", "adapt", base=5))
+
+class Toy(cli.Verb):
+    "Count."
+    def run(self):
+        if not run_phases(PHASES, Job(profile("demo"), out)): raise RuntimeError("not every phase finished")
+        return out / "index.html"
+
+cli.VERBS["toy"] = Toy
+sys.argv = ["surgpose", "toy"]
+sys.exit(cli.main())
+"""
+
+
+class ToyRun:
+    "A run folder, and what the processes that worked on it have said."
+
+    def __init__(self, root: Path, steps: int = 6) -> None:
+        self.out, self.ledger = root / "run", root / "ledger.jsonl"
+        self.env = {
+            **os.environ,
+            "TOY_OUT": str(self.out),
+            "TOY_LEDGER": str(self.ledger),
+            "TOY_STEPS": str(steps),
+        }
+
+    def start(self) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, "-c", TOY], env=self.env, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def stop(self, number: int, line: int, wait_s: float = 0.0) -> tuple[int, str]:
+        "Start it, send a signal some lines after it began to work; its exit code and the rest of its words."
+        process = self.start()
+        try:
+            while line:
+                told = process.stderr.readline()
+                assert told, process.communicate()
+                if told.startswith(("begin", "step", "end")):
+                    line -= 1
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+            time.sleep(wait_s)
+            process.send_signal(number)
+            return process.wait(60), process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+            process.communicate()
+
+    def finish(self) -> SimpleNamespace:
+        "Run what is left."
+        out, err = self.start().communicate(timeout=120)
+        return SimpleNamespace(out=out, err=err, record=read_json(self.out / "run.json"))
+
+    def numbers(self) -> dict:
+        return {n: p["numbers"] for n, p in read_json(self.out / "run.json")["phases"].items()}
+
+    def heard(self) -> list[tuple[str, str]]:
+        return [pair for row in read_jsonl(self.ledger) for pair in row.items()]
+
+
+def test_a_run_killed_five_times_ends_in_the_same_numbers_and_repeats_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole, torn = ToyRun(tmp_path / "a"), ToyRun(tmp_path / "b")
+    assert whole.finish().out == f"{whole.out / 'index.html'}\n"
+    chance = random.Random(5)
+    for _ in range(5):  # a phase has eight lines, so five kills leave something for the end
+        assert torn.stop(signal.SIGKILL, chance.randint(1, 7), chance.uniform(0, 0.02))[0] == -signal.SIGKILL
+        assert read_json(torn.out / "run.json")["phases"], "the record is whole at any moment"
+    done = torn.finish()
+    assert done.record["ok"] and torn.numbers() == whole.numbers()
+    heard = torn.heard()
+    for name in ("draw", "learn", "look", "adapt", "tell"):
+        assert (torn.out / f"{name}.json").read_bytes() == (whole.out / f"{name}.json").read_bytes()
+        after = heard[heard.index(("end", name)) + 1 :]
+        assert ("begin", name) not in after or heard.count(("end", name)) == 2, f"{name} had finished"
+    steps = [what for kind, what in heard if kind == "step"]
+    assert len(steps) == len(set(steps)) > 20, "no step is done twice; the ledger may miss the last"
+    assert sum(kind == "begin" for kind, _ in heard) <= 5 + 5
+    assert "Not everything finished" not in (torn.out / "index.html").read_text()
+    assert not list(torn.out.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_told_to_stop_writes_record_and_index(tmp_path, number, code):
+    run = ToyRun(tmp_path, steps=2000)
+    got, said = run.stop(number, 12)
+    assert got == code and "Traceback" not in said
+    record = read_json(run.out / "run.json")
+    assert record["ok"] is False and record["phases"]["draw"]["status"] == "running" and record["ended"]
+    assert "did not finish" in (run.out / "index.html").read_text()
+    assert not (run.out / ".lock.owner").exists() and not list(run.out.rglob("*.tmp*"))
+
+
+# Machines that say no
+
+
+def unprivileged(command: list) -> list:
+    "The same command; root does without its right to write anywhere."
+    if os.geteuid():
+        return command
+    drop = [
+        "setpriv",
+        "--bounding-set=-dac_override,-dac_read_search",
+        "--inh-caps=-dac_override,-dac_read_search",
+    ]
+    if not shutil.which("setpriv") or subprocess.run([*drop, "true"], capture_output=True).returncode:
+        pytest.skip("root may write anywhere, and setpriv is not here to change that")
+    return [*drop, *command]
+
+
+def test_a_folder_that_may_not_be_written_is_named_and_left_alone(tmp_path):
+    place = tmp_path / "only to read"
+    place.mkdir(mode=0o500)
+    run = ToyRun(place)
+    run.ledger = tmp_path / "ledger.jsonl"
+    command = unprivileged([sys.executable, "-c", TOY])
+    done = subprocess.run(
+        command, env=run.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("surgpose toy: ") and "Permission denied" in line and str(run.out) in line
+    assert not list(place.iterdir()) and not run.ledger.exists()
+
+
+def test_a_disk_that_fills_up_leaves_a_record_that_can_be_read(tmp_path):
+    run = ToyRun(tmp_path, steps=400)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    limit += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # an error, as on a full disk
+    command = [sys.executable, "-c", limit + TOY]
+    run.env["TOY_LEDGER"] = ""
+    done = subprocess.run(
+        command, env=run.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "not every phase finished" in done.stderr
+    record = read_json(run.out / "run.json")["phases"]
+    assert record["draw"]["status"] == "failed" and "File too large" in record["draw"]["error"]
+    assert {p["status"] for n, p in record.items() if n != "draw"} == {"blocked"}
+    assert not list(run.out.rglob("*.tmp*"))
+
+
+# Odd names, nothing found, whose clip it is, what time it is
+
+ODD = "手術 & <img src=x> 'é' " + "n" * 120
+
+
+def test_nothing_found_in_a_folder_with_an_odd_name_makes_a_report(tmp_path):
+    out = tmp_path / ODD
+    clip = out / "<b>clip.mp4"
+    out.mkdir()
+    with write_video(clip, fps=5, width=64, height=48) as film:
+        for _ in range(3):
+            film.write(np.zeros((48, 64, 3), np.uint8))
+    rows = [(frame, Poses.empty()) for frame, _ in read_video(clip)]
+    write_candidates(
+        out / "pseudo" / "candidates.json", follow(candidates(rows, PseudoConfig()), TrackConfig())
+    )
+    write_json(out / "run.json", dict(video=str(clip), phases={}))
+    page = run_report("40_review", out, dict(run_dir=str(out)))
+    stamp = read_json(page.with_suffix(".json"))
+    assert stamp["status"] == "ok", stamp["error"]
+    assert stamp["numbers"]["labels"] == "0" and stamp["verdict"]
+    assert "<img src=x>" not in page.read_text() and "<b>clip" not in page.read_text()
+
+
+def test_what_a_clip_says_about_a_patient_stays_in_it(trained_toy, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    with av.open(str(clip), "w") as film:
+        film.metadata["title"] = film.metadata["comment"] = "Miller, born 1950"
+        stream = film.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.metadata["handler_name"] = "Miller, born 1950"
+        for i in range(4):
+            film.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.full((64, 96, 3), 50 * i, np.uint8), "bgr24"))
+            )
+        film.mux(stream.encode(None))
+    assert b"Miller" in clip.read_bytes()
+    out = predict(
+        clip,
+        tmp_path / "out",
+        PredictConfig(conf=0.001, backend="torch"),
+        weights=trained_toy,
+        device="cpu",
+        progress=False,
+    )
+    assert video_info(out / "overlay.mp4").frames == 4
+    made = [p for p in out.rglob("*") if p.is_file()]
+    assert len(made) >= 3 and not [p.name for p in made if b"Miller" in p.read_bytes()]
+
+
+def test_neither_the_clock_nor_the_language_of_the_machine_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    time.tzset()
+    try:
+        here, there = utc_now(), time.strftime("%Y-%m-%dT%H:%M", time.gmtime())
+        assert here.endswith("+00:00") and abs(int(here[14:16]) - int(there[14:16])) in (0, 1, 59)
+        assert here[:10] in (there[:10], time.strftime("%Y-%m-%d", time.gmtime()))
+        code = "import locale, io, sys\nfrom pathlib import Path\n"
+        code += "try: locale.setlocale(locale.LC_ALL, '')\nexcept locale.Error: pass\n"
+        code += "from surgpose.page import format_number\nimport pandas as pd\n"
+        code += "print(format_number(0.25), pd.DataFrame(dict(a=[0.25])).to_csv(index=False).split()[1])"
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said.split() == ["0.25", "0.25"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+# A sweep
+
+
+def one_phase(cell, out: Path, given: dict, place: dict | None = None) -> str:
+    "A run of one phase, as `run_cell` does a whole one."
+    check_place(place or new_place(out))
+    if cell.cfg.seed == 2:
+        raise RuntimeError("expected luck, got none")
+    evaluate = Phase("evaluate", lambda job: dict(AP=job.cfg.seed / 4), makes=("run.json",))
+    return "" if run_phases([evaluate], Job(cell.cfg, out / cell.name)) else "failed"
+
+
+def new_place(out: Path) -> dict:
+    job = dict(out=str(out), token="t", code=CODE)
+    write_json(out / RECORDS / "job.json", job)
+    return job
+
+
+def test_a_sweep_goes_to_the_workers_of_a_dask_scheduler(tmp_path):
+    from distributed import LocalCluster
+
+    cells = read_matrix(atomic_write(tmp_path / "m.yaml", "seed: [0, 1, 2]"), profile("demo"))
+    options = dict(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
+    with LocalCluster(**options, silence_logs=50, protocol="tcp", host="127.0.0.1") as cluster:
+        ok = sweep(cells, tmp_path / "sweep", scheduler=cluster.scheduler_address, go=one_phase)
+    rows = read_json(tmp_path / "sweep" / "sweep.json")["rows"]
+    assert [(r["state"], r.get("AP")) for r in rows[:2]] == [("done", 0.0), ("done", 0.25)] and not ok
+    assert rows[2]["state"] == "failed" and rows[2]["error"] == "expected luck, got none"
+    assert not (tmp_path / "sweep" / RECORDS).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train.epcohs: [1]", "did you mean 'epochs'"),
+        ("seed: 3", "list of values"),
+        ("seed: [1, 1]", "differ"),
+    ],
+)
+def test_a_matrix_that_makes_no_sense_is_bad_usage(tmp_path, capsys, text, told):
+    matrix = atomic_write(tmp_path / "m.yaml", text)
+    assert main(["run", "--matrix", str(matrix), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert told in said.err and "m.yaml" in said.err and not said.out and not (tmp_path / "out").exists()
+
+
+# Jupyter
+
+
+def test_jupyter_listens_to_this_machine_only_and_asks_for_a_token(tmp_path):
+    "Start what `make lab` starts, on a free port, without a browser."
+    line = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(next(text for text in line.splitlines() if "jupyter lab" in text))
+    assert not [
+        w for w in words if "allow_origin" in w or "allow-root" in w or "token=" in w or "password" in w
+    ]
+    words = [Path(sys.executable).with_name("jupyter"), *words[1:], "--no-browser", "--ServerApp.port=0"]
+    words += ["--allow-root"] * (os.geteuid() == 0)  # tests may run as root; `make lab` refuses to
+    env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (found := list(tmp_path.glob("jpserver-*.json"))):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(0.5)
+        facts = read_json(found[0])
+        listens = [
+            c.laddr.ip for c in psutil.Process(process.pid).net_connections("inet") if c.status == "LISTEN"
+        ]
+        assert listens and set(listens) <= {"127.0.0.1", "::1"}
+        assert len(facts["token"]) > 20
+
+        def asked(token: str) -> int:
+            request = urllib.request.Request(facts["url"] + "api/contents", headers=dict(Authorization=token))
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return reply.status
+            except urllib.error.HTTPError as e:
+                return e.code
+
+        assert asked("token guessed") == 403 and asked(f"token {facts['token']}") == 200
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+# The table
+
+
+def test_every_fault_of_the_table_has_tests_that_exist():
+    rows = re.findall(
+        r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M
+    )
+    assert [int(number) for number, *_ in rows] == list(range(1, 36)), "a row for each fault, in order"
+    known = {p.stem: p.read_text() for p in (ROOT / "tests").glob("test_*.py")}
+    known |= {p.stem: p.read_text() for p in (ROOT / "nbs").glob("*.ipynb")}
+    for number, _, _, tests in rows:
+        names = re.findall(r"`([^`]+)`", tests)
+        assert names, number
+        for name in names:
+            place, _, test = name.partition("::")
+            assert place in known and (not test or f"def {test}(" in known[place]), f"row {number}: no {name}"
