@@ -90,6 +90,8 @@ class PseudoConfig(Section):
     oks_nms: float = Field(0.85, ge=0, le=1, description="of two poses that agree more than this, the weaker goes")
     doubt_conf: float = Field(0.25, ge=0, le=1, description="a detection between this and det_conf makes its frame doubtful")
     min_tools: int = Field(1, ge=1, description="tools the footage is known to show in every frame; a frame with fewer labels is left out")
+    max_misfit: float = Field(0.06, gt=0, description="how far a keypoint may lie from the best view of the parametric tool, as a share of the box's diagonal; 1 for tools of another build")
+    focal: float = Field(1.0, gt=0, description="focal length of the video's camera as a share of the picture's longer side; a guess will do")
 
 # %% ../nbs/01_config.ipynb #c012
 class TrackConfig(Section):

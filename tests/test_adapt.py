@@ -271,7 +271,7 @@ def test_what_is_called_by_the_pipeline_really_filters(video, tmp_path, monkeypa
     propose_labels(video, "none.pt", tmp_path, PseudoConfig(), TrackConfig())
     counted = read_json(tmp_path / "counts.json")
     assert counted["reasons"] == {name: len(at) for name, at in CLIP_FAULTS.items()}
-    assert [counted[name] for name in FILTERS] == [80, 79, 78, 77, 73]
+    assert [counted[name] for name in FILTERS] == [80, 79, 78, 77, 77, 73]
     written = read_coco(tmp_path / "dataset" / "coco_annotations.json")
     assert counted["frames_kept"] == len(written["images"]) == 31
     assert len(read_candidates(tmp_path / "candidates.json").table) == 83
@@ -297,7 +297,7 @@ def test_a_network_is_refined_and_judged(toy_dataset, tmp_path):
         evaluate_cfg=EvaluateConfig(bootstrap=0), device="cpu", progress=False)
     facts = read_json(out / "refine.json")
     assert facts["mix"] == dict(
-        pseudo_frames=4, pseudo_labels=4, synthetic_available=12, synthetic_used=4, validation=4)
+        pseudo_frames=4, pseudo_labels=4, person_frames=0, synthetic_available=12, synthetic_used=4, validation=4)
     assert facts["kept"] == "teacher" and "to judge by" in facts["reason"]  # from 0 to 0 proves nothing
     assert refining.kept_weights(out) == tmp_path / "teacher.pt"
     assert (out / "weights" / "best.pt").is_file() and (out / "metrics.json").is_file()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['REASONS', 'FILTERS', 'COLUMNS', 'clean_poses', 'doubts', 'filter_poses', 'body_area', 'agreement', 'oks_nms',
-           'Candidates', 'make_table', 'candidates', 'poses_of', 'is_settled', 'frame_states', 'counts', 'fig_counts',
-           'pseudo_verdict', 'write_candidates', 'read_candidates']
+           'Candidates', 'make_table', 'poses_of', 'add_reason', 'candidates', 'is_settled', 'frame_states', 'counts',
+           'fig_counts', 'pseudo_verdict', 'write_candidates', 'read_candidates']
 
 # %% ../../nbs/40_pseudo.ipynb #c006
 def clean_poses(
@@ -54,6 +54,7 @@ REASONS = dict(
     low_score="the detector is unsure that this is a tool",
     few_keypoints="too few keypoints are confident",
     duplicate="a stronger pose already explains this tool",
+    geometry="no view of the tool looks like its points",
     short_track="seen in too few frames",
     class_flicker="its class differs from the rest of its track",
     jump="a keypoint is far from where its track says",
@@ -61,7 +62,8 @@ REASONS = dict(
     rejected="a person said no",
 )
 FILTERS = dict(detections=(), after_score=("low_score",), after_keypoints=("few_keypoints",),
-               after_nms=("duplicate",), after_temporal=("short_track", "class_flicker", "jump"))
+               after_nms=("duplicate",), after_geometry=("geometry",),
+               after_temporal=("short_track", "class_flicker", "jump"))
 
 # %% ../../nbs/40_pseudo.ipynb #c012
 def doubts(
@@ -122,7 +124,8 @@ def oks_nms(
 
 # %% ../../nbs/40_pseudo.ipynb #c027
 COLUMNS = dict(frame=int, t_s=float, track=int, category_id=int, score=float, x=float, y=float, w=float,
-               h=float, keypoints=object, kept=bool, reasons=object)  # 15 numbers; track -1 is not linked
+               h=float, keypoints=object, kept=bool, reasons=object,  # 15 numbers; track -1 is not linked
+               misfit=float)  # of the parametric tool, a share of the box's diagonal; NaN is not measured
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
@@ -140,6 +143,25 @@ def make_table(
     return table.sort_values(["frame", "track"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/40_pseudo.ipynb #c030
+def poses_of(
+    rows: pd.DataFrame,  # rows of a candidate table
+) -> Poses:
+    "Turn rows back into poses."
+    if not len(rows): return Poses.empty()
+    kpts = np.reshape(rows.keypoints.tolist(), (len(rows), -1, 3))
+    return Poses(rows.category_id, rows.score, rows[list("xywh")], kpts)
+
+
+def add_reason(
+    table: pd.DataFrame,  # a candidate table
+    name: str,  # one of `REASONS`
+    bad: np.ndarray,  # (N,) bool
+) -> pd.DataFrame:  # a pose with a reason is no label
+    "Doubt some poses more."
+    reasons = [names + (name,) * bool(b) for names, b in zip(table.reasons, bad, strict=True)]
+    return table.assign(reasons=pd.Series(reasons, table.index, object), kept=np.array([not r for r in reasons], bool))
+
+# %% ../../nbs/40_pseudo.ipynb #c033
 def candidates(
     predictions: Sequence[tuple[Frame, Poses]],  # the teacher's, down to `doubt_conf`
     cfg: PseudoConfig,
@@ -156,18 +178,19 @@ def candidates(
         for r, why in zip(poses.to_rows(), reasons, strict=True):
             rows.append(dict(r, frame=frame.index, t_s=frame.t_s, track=-1, kept=not why, reasons=why,
                              **dict(zip("xywh", r["bbox"], strict=True))))
-    return Candidates(tuple(f for f, _ in predictions), make_table(rows), cfg.min_tools)
+    frames = tuple(f for f, _ in predictions)
+    return Candidates(frames, _doubt_geometry(make_table(rows), frames, cfg), cfg.min_tools)
 
-# %% ../../nbs/40_pseudo.ipynb #c032
-def poses_of(
-    rows: pd.DataFrame,  # rows of a candidate table
-) -> Poses:
-    "Turn rows back into poses."
-    if not len(rows): return Poses.empty()
-    kpts = np.reshape(rows.keypoints.tolist(), (len(rows), -1, 3))
-    return Poses(rows.category_id, rows.score, rows[list("xywh")], kpts)
 
-# %% ../../nbs/40_pseudo.ipynb #c036
+def _doubt_geometry(table: pd.DataFrame, frames: tuple[Frame, ...], cfg: PseudoConfig) -> pd.DataFrame:
+    from surgpose.adapt.fit import misfits
+    by_index, misfit = {f.index: f for f in frames}, np.full(len(table), np.nan)
+    single = np.flatnonzero([("duplicate" not in names) for names in table.reasons])
+    some = table.iloc[single]
+    misfit[single] = misfits(poses_of(some), [by_index[i] for i in some.frame], cfg.focal).round(4)
+    return add_reason(table.assign(misfit=misfit), "geometry", misfit > cfg.max_misfit)
+
+# %% ../../nbs/40_pseudo.ipynb #c038
 def is_settled(
     table: pd.DataFrame,
 ) -> pd.Series:  # bool per row: a label, or explained by one
@@ -175,7 +198,7 @@ def is_settled(
     explained = [("duplicate" in names and "rejected" not in names) for names in table.reasons]
     return table.kept | np.array(explained, bool)
 
-# %% ../../nbs/40_pseudo.ipynb #c038
+# %% ../../nbs/40_pseudo.ipynb #c040
 def frame_states(
     found: Candidates,
 ) -> dict[int, str]:  # frame number -> "kept", "doubtful" or "empty", in the order of the frames
@@ -185,7 +208,7 @@ def frame_states(
     fate = {None: "empty", True: "kept", False: "doubtful"}
     return {f.index: fate[sound.get(f.index)] for f in found.frames}
 
-# %% ../../nbs/40_pseudo.ipynb #c042
+# %% ../../nbs/40_pseudo.ipynb #c044
 def counts(
     found: Candidates,
 ) -> dict:  # detections left after each filter, frames by fate, and how often each doubt occurs
@@ -202,7 +225,7 @@ def counts(
     labels = int(found.table.kept[found.table.frame.map(states) == "kept"].sum())
     return dict(out, labels=labels, reasons={name: why[name] for name in REASONS if why[name]})
 
-# %% ../../nbs/40_pseudo.ipynb #c045
+# %% ../../nbs/40_pseudo.ipynb #c047
 def fig_counts(
     counted: dict,  # as `counts` makes it
 ) -> Figure:
@@ -220,7 +243,7 @@ def fig_counts(
         ax.invert_yaxis(); ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../../nbs/40_pseudo.ipynb #c047
+# %% ../../nbs/40_pseudo.ipynb #c049
 def pseudo_verdict(
     counted: dict,  # as `counts` makes it
 ) -> str:
@@ -234,17 +257,17 @@ def pseudo_verdict(
     top = max(why, key=why.get)
     return f"{said} The most frequent doubt is '{top}' ({why[top]} times): {REASONS[top]}."
 
-# %% ../../nbs/40_pseudo.ipynb #c051
+# %% ../../nbs/40_pseudo.ipynb #c053
 def write_candidates(
     path: Path | str,
     found: Candidates,
 ) -> Path:  # `path`
     "Write candidates, whole or not at all."
-    rows = found.table.to_dict("records")
+    rows = [{k: None if v is None or v != v else v for k, v in row.items()} for row in found.table.to_dict("records")]
     frames = [asdict(f) for f in found.frames]
     return write_json(path, dict(frames=frames, rows=rows, min_tools=found.min_tools), indent=None)
 
-# %% ../../nbs/40_pseudo.ipynb #c053
+# %% ../../nbs/40_pseudo.ipynb #c055
 def read_candidates(
     path: Path | str,
 ) -> Candidates:

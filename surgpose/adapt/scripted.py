@@ -14,10 +14,10 @@ from ..geometry import box_of_keypoints
 from ..schema import HANDLE, HINGE, JAW_L, KEYPOINTS, TIP, Frame, Poses
 
 # %% auto #0
-__all__ = ['TOOL_SHAPE', 'CLIP_FAULTS', 'place_tool', 'join', 'scripted_clip']
+__all__ = ['HINGES', 'CLIP_FAULTS', 'place_tool', 'join', 'scripted_clip']
 
 # %% ../../nbs/40a_scripted.ipynb #c005
-TOOL_SHAPE = np.array([[1, 0], [0.985, -0.03], [0.985, 0.03], [0.55, 0], [0, 0]])  # (5, 2) in lengths
+HINGES = (0.77, 0.48)  # where the hinge is, per class, in lengths
 CLIP_FAULTS = dict(duplicate=(8,), gap=(12, 13, 38), low_score=(17,), class_flicker=(21,), jump=(25,),
                    short_track=(29, 30), few_keypoints=(33,))  # number of the sample, counted from 0
 
@@ -31,10 +31,11 @@ def place_tool(
     *,
     noise_px: np.ndarray | float = 0.0,  # (5, 2) added to the points
 ) -> Poses:  # one pose, every keypoint .95 sure
-    "Make a flat tool of five points."
+    "Make a flat tool of five points, in the proportions of its class."
     a = np.deg2rad(angle_deg)
     R = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
-    xy = TOOL_SHAPE @ R.T * length_px + xy_px + noise_px
+    flat = np.array([[1, 0], [1, -0.03], [1, 0.03], [HINGES[kind - 1], 0], [0, 0]])
+    xy = flat @ R.T * length_px + xy_px + noise_px
     kpts = np.column_stack([xy, np.full(len(KEYPOINTS), 0.95)])
     return Poses([kind], [score], [box_of_keypoints(kpts, 0.12)], kpts[None])
 

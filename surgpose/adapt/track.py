@@ -41,9 +41,9 @@ def affinity(
     cfg: TrackConfig,
 ) -> np.ndarray:  # (N,) IoU + OKS in 0..2, 0 where linking is not allowed
     "Tell how well one pose continues as each of the others."
-    iou = iou_xywh(pose.xywh_px, others.xywh_px)[0]
+    iou = iou_xywh(pose.xywh_px, others.xywh_px)[0].round(9)  # a tie stays a tie at any resolution
     area = (body_area(pose.xywh_px) + body_area(others.xywh_px)) / 2
-    alike = agreement(pose.keypoints[0], others.keypoints, area)
+    alike = agreement(pose.keypoints[0], others.keypoints, area).round(9)
     return (iou + alike) * ((iou >= cfg.match_iou) | (alike >= cfg.match_oks))
 
 # %% ../../nbs/41_track.ipynb #c009
