@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapt.gate import unseen_truth
 from .config import EvaluateConfig, PredictConfig
 from .files import read_json, write_json
 from .page import format_number
@@ -106,9 +108,9 @@ def _paired(folders: list[tuple[Path, Path]], measured: list[dict], data: Path, 
 
 # %% ../nbs/90b_measure.ipynb #c017
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
-                   truth: Path | None, seen: list[dict], same: bool, device: str) -> list[dict]:
+                   truth: Path | None, seen: list[dict], same: bool, device: str, judged_by: Sequence[int] = ()) -> list[dict]:
     from surgpose.pose.evaluate import tip_errors
-    sets, labels = [], read_truth(truth) if truth and video else None
+    sets, labels = [], unseen_truth(truth, judged_by) if truth and video else None
     def add(name: str, unit: str, n: int, rows: list[dict]) -> None:
         sets.append(dict(name=name, unit=unit, n=n, rows=rows))
     def pair(found: list[dict]) -> tuple[dict, dict]: return found[0], found[-1] if len(found) > 1 or same else {}
@@ -147,16 +149,24 @@ def compare_runs(
     folders, predict = (out / "predictions", out / "predictions_refined"), predict or PredictConfig()
     seen = [_predicted(r, video, f, predict, device) for r, f in zip(runs, folders, strict=False) if video]
     truth, same = truth or (find_truth(video) if video else None), gate.get("kept") == "teacher"
-    sets = _compared_sets(runs, out, cfg, data, video, truth, seen, same, device)
+    sets = _compared_sets(runs, out, cfg, data, video, truth, seen, same, device, gate.get("gate_frames", ()))
     if len(seen) == 2 and predict.overlay: side_by_side(video, *folders, out / "side_by_side.mp4")
     steady = [*map(_jitter, folders[:len(seen)]), None, None]
     if same and len(seen) == 1: steady = steady[:1] * 2
     found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video,
-                 sets=sets, jitter_px=dict(before=steady[0], after=steady[1]))
+                 sets=sets, jitter_px=dict(before=steady[0], after=steady[1]),
+                 change=_change(folders[:len(seen)], truth, gate.get("gate_frames", ()), cfg))
     write_json(out / "compare.json", found)
     return found
 
 # %% ../nbs/90b_measure.ipynb #c019
+def _change(folders: Sequence[Path], truth: Path | None, judged_by: Sequence[int], cfg: EvaluateConfig) -> list[dict]:
+    from surgpose.adapt.change import change_rows, video_change
+    if not folders: return []
+    lines = video_change(folders[0], folders[1] if len(folders) > 1 else None, unseen_truth(truth, judged_by))
+    return change_rows(*lines, resamples=cfg.bootstrap)
+
+
 def _jitter(predictions: Path) -> float | None:
     from surgpose.pose.compare import jitter_px
     value = jitter_px(predictions)

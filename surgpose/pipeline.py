@@ -112,12 +112,16 @@ def pseudo_phase(job: Job) -> dict[str, Any]:  # headline numbers
 
 # %% ../nbs/90_pipeline.ipynb #c017
 def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
-    "Adapt the teacher to the video."
-    from surgpose.adapt.refine import refine
-    out = refine(best_weights(job.out / "teacher"), job.out / "synthetic", job.out / "pseudo" / "dataset",
-                 job.out / "refined", job.cfg.train, job.cfg.refine, evaluate_cfg=job.cfg.evaluate, seed=job.cfg.seed,
-                 device=job.cfg.device)
-    return {"kept": read_json(out / "refine.json")["kept"]}
+    "Adapt the teacher to the video, in one round or several."
+    from surgpose.adapt.rounds import refine_rounds
+    def propose(weights: Path, out: Path) -> Path:
+        propose_labels(job.video, weights, out, job.cfg.pseudo, job.cfg.track, base=job.cfg.predict, device=job.cfg.device)
+        return out / "dataset"
+    out = refine_rounds(best_weights(job.out / "teacher"), job.out / "synthetic", job.out / "pseudo" / "dataset",
+                        job.out / "refined", job.cfg.train, job.cfg.refine, propose=propose, evaluate_cfg=job.cfg.evaluate,
+                        video=job.video if job.truth else None, truth=job.truth, seed=job.cfg.seed, device=job.cfg.device)
+    facts = read_json(out / "refine.json")
+    return {"kept": facts["kept"], "rounds": len(facts["rounds"])}
 
 # %% ../nbs/90_pipeline.ipynb #c019
 def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
@@ -171,7 +175,8 @@ PHASES: tuple[Phase, ...] = (
           code=(*_GROUND, "data/video", "data/packets", "pose/predict", "pose/openvino", "pose/record", "adapt")),
     Phase("refine", refine_phase, needs=("render", "train", "pseudo"), makes=("refined/refine.json",),
           sections=("train", "refine", "evaluate", "seed"), clears=("refined",),
-          code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train", "adapt/refine")),
+          inputs=lambda job: (job.video, job.truth),
+          code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train", "adapt")),
     Phase("compare", compare_phase, needs=("render", "evaluate", "predict", "refine"), makes=("compare.json",),
           sections=("evaluate", "predict"), inputs=lambda job: (job.video, job.truth), clears=("predictions_refined",),
           code=(*_GROUND, "measure", "pose", "data")),

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from surgpose.adapt import refine as refining
@@ -128,6 +128,7 @@ frames = st.lists(st.lists(tools, max_size=4).map(join), min_size=1, max_size=6)
 @settings(max_examples=50, deadline=None)
 @given(frames, st.sampled_from([0.5, 3.0]))
 def test_tracks_are_one_to_one_and_do_not_know_the_resolution(parts, factor):
+    assume(all(len({k.tobytes() for k in p.keypoints}) == len(p) for p in parts))  # twins change places
     clip = [(Frame("v", 640, 480, i), p) for i, p in enumerate(parts)]
     larger = [(f, replace(p, xywh_px=p.xywh_px * factor, keypoints=p.keypoints * [factor, factor, 1]))
               for f, p in clip]
@@ -297,7 +298,8 @@ def test_a_network_is_refined_and_judged(toy_dataset, tmp_path):
         evaluate_cfg=EvaluateConfig(bootstrap=0), device="cpu", progress=False)
     facts = read_json(out / "refine.json")
     assert facts["mix"] == dict(
-        pseudo_frames=4, pseudo_labels=4, person_frames=0, synthetic_available=12, synthetic_used=4, validation=4)
+        pseudo_frames=4, pseudo_labels=4, person_frames=0,
+        synthetic_available=12, synthetic_used=4, validation=4)
     assert facts["kept"] == "teacher" and "to judge by" in facts["reason"]  # from 0 to 0 proves nothing
     assert refining.kept_weights(out) == tmp_path / "teacher.pt"
     assert (out / "weights" / "best.pt").is_file() and (out / "metrics.json").is_file()
