@@ -91,6 +91,10 @@ class PseudoConfig(Section):
     doubt_conf: float = Field(0.25, ge=0, le=1, description="a detection between this and det_conf makes its frame doubtful")
     min_tools: int = Field(1, ge=1, description="tools the footage is known to show in every frame; a frame with fewer labels is left out")
     max_misfit: float = Field(0.06, gt=0, description="how far a keypoint may lie from the best view of the parametric tool, as a share of the box's diagonal; 1 for tools of another build")
+    augment: tuple[Literal["flip", "scale", "turn"], ...] = Field((), description="look again at every frame mirrored, at two more scales, turned by quarters; 1, 2 and 3 more passes of the network")
+    max_spread: float = Field(0.05, gt=0, description="how far other views may move a keypoint, root mean square as a share of the box's diagonal")
+    max_flip: float = Field(0.1, gt=0, description="how far the mirror may move a keypoint, as a share of the box's diagonal")
+    min_support: float = Field(0.5, ge=0, le=1, description="share of the other views that must show a tool")
     focal: float = Field(1.0, gt=0, description="focal length of the video's camera as a share of the picture's longer side; a guess will do")
 
 # %% ../nbs/01_config.ipynb #c012

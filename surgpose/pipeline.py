@@ -89,6 +89,7 @@ def propose_labels(
     device: str = "auto",
 ) -> dict:  # the counts
     "Predict a video, judge every pose, and collect the frames that may be trained on."
+    from surgpose.adapt.augment import second_look
     from surgpose.adapt.pseudo import candidates, counts, write_candidates
     from surgpose.adapt.refine import pseudo_dataset
     from surgpose.adapt.review import apply_decisions
@@ -96,7 +97,9 @@ def propose_labels(
     from surgpose.pose.predict import predict, read_predictions
     wide = (base or PredictConfig()).model_copy(update=dict(conf=pseudo.doubt_conf, stride=pseudo.stride, overlay=False))
     predict(video, out / "all", wide, weights=weights, device=device)
-    found = follow(candidates(read_predictions(out / "all"), pseudo), track)
+    seen, evidence = second_look(video, read_predictions(out / "all"), out / "all" / "augmented.jsonl", pseudo,
+                                 weights=weights, base=wide, device=device)
+    found = follow(candidates(seen, pseudo, evidence=evidence), track)
     write_candidates(out / "candidates.json", found)
     pseudo_dataset(video, found, out / "decisions.jsonl", out / "dataset")
     counted = counts(apply_decisions(found, out / "decisions.jsonl"))

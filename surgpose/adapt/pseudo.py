@@ -19,10 +19,12 @@ from ..data.coco import AREA_SHARE
 from ..data.show import CYCLE, new_figure
 from ..files import read_json, write_json
 from ..geometry import oks
-from ..schema import HINGE, JAW_L, JAW_R, TIP, Frame, Poses, order_jaws
+from ..schema import HINGE, JAW_L, JAW_R, KEYPOINTS, TIP, Frame, Poses, order_jaws
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from surgpose.adapt.augment import Evidence
 
 # %% auto #0
 __all__ = ['REASONS', 'FILTERS', 'COLUMNS', 'clean_poses', 'doubts', 'filter_poses', 'body_area', 'agreement', 'oks_nms',
@@ -55,6 +57,9 @@ REASONS = dict(
     few_keypoints="too few keypoints are confident",
     duplicate="a stronger pose already explains this tool",
     geometry="no view of the tool looks like its points",
+    spread="other views of the same frame put a keypoint elsewhere",
+    flip="the mirrored frame puts a keypoint elsewhere",
+    unsupported="most other views of the same frame do not show it",
     short_track="seen in too few frames",
     class_flicker="its class differs from the rest of its track",
     jump="a keypoint is far from where its track says",
@@ -63,6 +68,7 @@ REASONS = dict(
 )
 FILTERS = dict(detections=(), after_score=("low_score",), after_keypoints=("few_keypoints",),
                after_nms=("duplicate",), after_geometry=("geometry",),
+               after_views=("spread", "flip", "unsupported"),
                after_temporal=("short_track", "class_flicker", "jump"))
 
 # %% ../../nbs/40_pseudo.ipynb #c012
@@ -125,7 +131,8 @@ def oks_nms(
 # %% ../../nbs/40_pseudo.ipynb #c027
 COLUMNS = dict(frame=int, t_s=float, track=int, category_id=int, score=float, x=float, y=float, w=float,
                h=float, keypoints=object, kept=bool, reasons=object,  # 15 numbers; track -1 is not linked
-               misfit=float)  # of the parametric tool, a share of the box's diagonal; NaN is not measured
+               misfit=float,  # of the parametric tool, a share of the box's diagonal; NaN is not measured
+               spread=object, flip=object, support=float)  # 5 px each, and a share: `adapt.augment`; [] is not measured
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
@@ -139,7 +146,8 @@ def make_table(
     rows: Sequence[dict],  # with the keys of `COLUMNS`
 ) -> pd.DataFrame:
     "Type rows, so that an empty table has its columns too."
-    table = pd.DataFrame(list(rows), columns=list(COLUMNS)).astype(COLUMNS)
+    rows = [dict(r, spread=r.get("spread") or [], flip=r.get("flip") or []) for r in rows]
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     return table.sort_values(["frame", "track"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/40_pseudo.ipynb #c030
@@ -165,22 +173,29 @@ def add_reason(
 def candidates(
     predictions: Sequence[tuple[Frame, Poses]],  # the teacher's, down to `doubt_conf`
     cfg: PseudoConfig,
+    *,
+    evidence: Sequence[Evidence] | None = None,  # of other views, frame by frame
 ) -> Candidates:  # tracks are not known yet: all -1
     "Judge every detection by itself and against the others of its frame."
-    rows, order = [], [f.index for f, _ in predictions]
+    frames = tuple(f for f, _ in predictions)
+    order = [f.index for f in frames]
     if order != sorted(set(order)):
         raise ValueError(f"candidates: expected one video's frames in order of time, got {order[:5]}...")
-    for frame, poses in predictions:
-        poses = clean_poses(poses[poses.score >= cfg.doubt_conf], cfg.kp_conf, frame=frame)
-        found = doubts(poses, cfg)
-        single = oks_nms(poses, cfg.oks_nms, rank=poses.score + [not d for d in found])
-        reasons = [d + ("duplicate",) * (not s) for d, s in zip(found, single, strict=True)]
-        for r, why in zip(poses.to_rows(), reasons, strict=True):
-            rows.append(dict(r, frame=frame.index, t_s=frame.t_s, track=-1, kept=not why, reasons=why,
-                             **dict(zip("xywh", r["bbox"], strict=True))))
-    frames = tuple(f for f, _ in predictions)
-    return Candidates(frames, _doubt_geometry(make_table(rows), frames, cfg), cfg.min_tools)
+    rows = [row for (frame, poses), said in zip(predictions, evidence or [None] * len(frames), strict=True)
+            for row in _judge_frame(frame, poses, said, cfg)]
+    return Candidates(frames, _doubt_views(_doubt_geometry(make_table(rows), frames, cfg), cfg), cfg.min_tools)
 
+
+def _judge_frame(frame: Frame, poses: Poses, said: Evidence | None, cfg: PseudoConfig) -> list[dict]:
+    known = [i for i, p in enumerate(poses) if p.score >= cfg.doubt_conf and len(clean_poses(p, cfg.kp_conf, frame=frame))]
+    poses, rows = clean_poses(poses[known], cfg.kp_conf, frame=frame), []
+    found = doubts(poses, cfg)
+    single = oks_nms(poses, cfg.oks_nms, rank=poses.score + [not d for d in found])
+    for i, r, why, alone in zip(known, poses.to_rows(), found, single, strict=True):
+        why += ("duplicate",) * (not alone)
+        rows.append(dict(r, frame=frame.index, t_s=frame.t_s, track=-1, kept=not why, reasons=why,
+                         **dict(zip("xywh", r["bbox"], strict=True)), **(said.row(i) if said else {})))
+    return rows
 
 def _doubt_geometry(table: pd.DataFrame, frames: tuple[Frame, ...], cfg: PseudoConfig) -> pd.DataFrame:
     from surgpose.adapt.fit import misfits
@@ -189,6 +204,15 @@ def _doubt_geometry(table: pd.DataFrame, frames: tuple[Frame, ...], cfg: PseudoC
     some = table.iloc[single]
     misfit[single] = misfits(poses_of(some), [by_index[i] for i in some.frame], cfg.focal).round(4)
     return add_reason(table.assign(misfit=misfit), "geometry", misfit > cfg.max_misfit)
+
+
+def _doubt_views(table: pd.DataFrame, cfg: PseudoConfig) -> pd.DataFrame:
+    labelled = poses_of(table).keypoints[..., 2] > 0
+    diagonal = np.hypot(table.w, table.h).to_numpy()
+    for name, limit in (("spread", cfg.max_spread), ("flip", cfg.max_flip)):
+        px = np.array([row or [np.nan] * len(KEYPOINTS) for row in table[name]], float).reshape(labelled.shape)
+        table = add_reason(table, name, np.where(labelled, np.nan_to_num(px), 0).max(1, initial=0) > limit * diagonal)
+    return add_reason(table, "unsupported", table.support < cfg.min_support)
 
 # %% ../../nbs/40_pseudo.ipynb #c038
 def is_settled(
