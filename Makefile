@@ -8,7 +8,7 @@ JOBS ?= 2
 export JUPYTER_PLATFORM_DIRS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lab prep bench clean
+.PHONY: help setup demo test lab docs prep bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,8 +31,11 @@ demo: $(STAMP)  ## run the whole job on embedded data; ends with the path of the
 test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests
 
-lab: $(STAMP)  ## JupyterLab on this machine only, with a token
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs
+lab: $(STAMP)  ## JupyterLab on this machine only, with a token; opens on a tour of fifteen minutes
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/tour/00_start.ipynb
+
+docs: $(STAMP)  ## every notebook as a plain page, to be read offline; _docs/index.html leads on
+	$(BIN)/surgpose docs --out _docs
 
 prep: $(STAMP)  ## export the notebooks, clean them, test
 	$(BIN)/nbdev_export

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
+TOURS = sorted(p for p in (ROOT / "nbs" / "tour").glob("*.ipynb"))
 REPORTS = sorted(p for p in (ROOT / "nbs" / "reports").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "surgpose").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py"))
 FLOORS = dict.fromkeys(("schema", "config", "render_settings", "files", "geometry"), 0)
@@ -103,7 +104,7 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     assert set(made) <= set(names), f"exported, but not in the package: {set(made) - set(names)}"
 
 
-@pytest.mark.parametrize("path", LIBRARY + REPORTS, ids=name_of)
+@pytest.mark.parametrize("path", LIBRARY + REPORTS + TOURS, ids=name_of)
 def test_notebook_is_clean_and_small(path):
     nb = nbformat.read(path, 4)
     outputs = sum(len(json.dumps(c.outputs)) for c in nb.cells if c.cell_type == "code")

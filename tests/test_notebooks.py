@@ -15,6 +15,7 @@ from surgpose.report import report_names, run_report
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
+TOURS = sorted((ROOT / "nbs" / "tour").glob("*.ipynb"))
 
 # Cells flagged notest, slow or gpu are left out; those flagged blender run, for bpy is always installed. Each
 # notebook gets a process of its own: bpy and torch leave traces, and bpy may crash when a process ends.
@@ -29,9 +30,8 @@ os._exit(0 if ok else 1)
 """
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
-def test_library_notebook(path, tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(tmp_path)}
+def run_notebook(path: Path, tmp_path: Path, **env: str) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(tmp_path), **env}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path), str(ROOT)],
         cwd=ROOT,
@@ -41,6 +41,18 @@ def test_library_notebook(path, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_library_notebook(path, tmp_path):
+    run_notebook(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", TOURS, ids=lambda p: p.stem)
+def test_tour(path, tmp_path):
+    "From top to bottom as a newcomer runs it; what it makes goes elsewhere."
+    run_notebook(path, tmp_path, PROJ_OUT=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "tour" / "20_stats.html").is_file()
 
 
 @pytest.mark.parametrize("name", report_names())
