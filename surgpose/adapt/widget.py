@@ -147,8 +147,8 @@ class ReviewView:
         reasons = sorted({name for item in state.items for name in item.reasons}, key=list(REASONS).index)
         tracks = sorted({item.track for item in state.items})
         self.reason = w.Dropdown(options=[("all doubts", ""), *((n.replace("_", " "), n) for n in reasons)])
-        self.category = w.Dropdown(options=[("all tools", None), *((n.replace("_", " "), c) for c, n in enumerate(CLASSES, 1))])
-        self.of_track = w.Dropdown(options=[("all tracks", None), *((f"track {t}", t) for t in tracks)])
+        self.category = w.Dropdown(options=[("all tools", 0), *((n.replace("_", " "), c) for c, n in enumerate(CLASSES, 1))])
+        self.of_track = w.Dropdown(options=[("all tracks", -1), *((f"track {t}", t) for t in tracks)])
         for box in (self.reason, self.category, self.of_track): box.layout.width = "150px"
         self.close = w.Checkbox(True, description="close up", indent=False, layout=dict(width="90px"))
         self.ghost = w.Dropdown(options=[("no ghost", -1), ("frame before", 0), ("frame after", 1)], layout=dict(width="130px"))
@@ -218,11 +218,11 @@ class ReviewView:
 
     def _matching(self) -> list[int]:
         return [i for i, item in enumerate(self.state.items) if (not self.reason.value or self.reason.value in item.reasons)
-                and self.category.value in (None, item.category_id) and self.of_track.value in (None, item.track)]
+                and self.category.value in (0, item.category_id) and self.of_track.value in (-1, item.track)]
 
     def move(self, start: int) -> None:
         "Show the first open item from number `start` on, going round once."
-        left = self.state.open_items(self.reason.value, category_id=self.category.value, track=self.of_track.value)
+        left = [i for i in self.state.open_items() if i in set(self._matching())]
         ahead = [i for i in left if i >= start]
         self.show((ahead or left or [len(self.state.items)])[0])
 
@@ -241,7 +241,7 @@ class ReviewView:
         "Say what is done and how long the rest may take."
         counts = " · ".join(f"{n} {name}" for name, n in self.state.counts().items())
         left = self.state.seconds_left()
-        return counts if not left else f"{counts} · about {max(1, round(left / 60))} min left"
+        return counts + (f" · about {max(1, round(left / 60))} min left" if left else "") + " · h lists the keys"
 
     def _draw(self, i: int) -> None:
         if i >= len(self.state.items):
