@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .config import project_root
 from .files import atomic_write, code_hash
-from .page import fill_page
+from .page import _no_script_tags, fill_page
 
 if TYPE_CHECKING:
     import nbformat
@@ -79,7 +79,7 @@ CONTENTS = """{% extends "frame" %}{% block main %}<h1>surgpose: the notebooks</
 # %% ../nbs/91d_docs.ipynb #c012
 def _visible(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     import nbformat
-    kept = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith("#| hide"))]
+    kept = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith(("#| hide", "#| default_exp")))]
     return nbformat.from_dict({**nb, "cells": kept})
 
 # %% ../nbs/91d_docs.ipynb #c013
@@ -101,12 +101,12 @@ def doc_page(
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
     exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True,
-                            mathjax_url="", require_js_url="", jquery_url="", sanitize_html=True)
+                            mathjax_url="", require_js_url="", jquery_url="")
     body, _ = exporter.from_notebook_node(_visible(nbformat.read(page.source, 4)))
     at = list(pages).index(page)
     ways = [(way, pages[i]) for way, i in (("before", at - 1), ("next", at + 1)) if 0 <= i < len(pages)]
     colours = f"<style>{HtmlFormatter(style='default').get_style_defs('.highlight')} .input {{ overflow-x: auto }} .input pre {{ white-space: pre }}</style>"
-    return fill_page(SHEET, title=page.title, ways=ways, page=page, body=Markup(colours + _linked(body, pages)))
+    return fill_page(SHEET, title=page.title, ways=ways, page=page, body=Markup(colours + _linked(_no_script_tags(body), pages)))
 
 # %% ../nbs/91d_docs.ipynb #c018
 def write_docs(

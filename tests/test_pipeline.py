@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlparse
 
 import av
 import numpy as np
@@ -26,6 +27,7 @@ from surgpose.adapt.track import follow
 from surgpose.cli import main
 from surgpose.config import PredictConfig, PseudoConfig, TrackConfig, profile
 from surgpose.data.video import read_video, video_info, write_video
+from surgpose.docs import write_docs
 from surgpose.engine import Job, Phase, run_phases
 from surgpose.files import atomic_write, read_json, read_jsonl, utc_now, write_json
 from surgpose.pose.predict import predict
@@ -35,6 +37,7 @@ from surgpose.sweep import read_matrix, sweep
 from surgpose.synth.cluster import CODE, check_place
 from surgpose.synth.workers import RECORDS
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROOT = Path(__file__).resolve().parents[1]
 
 # Five phases that count in small steps, each of which is taken up again where it was; a ledger hears of every
@@ -44,6 +47,7 @@ import os, sys, time
 from pathlib import Path
 from surgpose import cli
 from surgpose.config import profile
+from surgpose.docs import write_docs
 from surgpose.engine import Job, Phase, run_phases
 from surgpose.files import append_jsonl, read_json, read_jsonl, write_json
 
@@ -326,6 +330,40 @@ def test_a_matrix_that_makes_no_sense_is_bad_usage(tmp_path, capsys, text, told)
     assert main(["run", "--matrix", str(matrix), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert told in said.err and "m.yaml" in said.err and not said.out and not (tmp_path / "out").exists()
+
+
+# Pages in a browser
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt-get install -y chromium")
+def test_a_browser_has_nothing_to_complain_about_in_index_sweep_and_docs(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    cells = read_matrix(
+        atomic_write(tmp_path / "m.yaml", "seed: [0, 1]\ntrain.imgsz: [96, 128]"), profile("demo")
+    )
+    assert sweep(
+        cells, tmp_path / "sweep", go=lambda cell, out, given: one_phase(cell, out, given, new_place(out))
+    )
+    nbs = tmp_path / "nbs"
+    for name in ("00_schema.ipynb", "02_files.ipynb", "tour/00_start.ipynb", "reports/20_stats.ipynb"):
+        (nbs / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "nbs" / name, nbs / name)
+    docs = write_docs(tmp_path / "docs", nbs)
+    pages = [tmp_path / "sweep" / "index.html", tmp_path / "sweep" / cells[0].name / "index.html"]
+    pages += [docs, docs.with_name("00_schema.html"), docs.with_name("tour-00_start.html")]
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        tab, said, asked = browser.new_page(viewport=dict(width=1280, height=800)), [], []
+        tab.on("console", lambda m: said.append(m.text))
+        tab.on("pageerror", lambda e: said.append(str(e)))
+        tab.on("request", lambda r: asked.append(r.url))
+        for path in pages:
+            tab.goto(path.as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 1280, path.name
+            links = tab.evaluate("[...document.links].map(a => a.href).filter(u => u.startsWith('file:'))")
+            assert links and all(Path(unquote(urlparse(u).path)).is_file() for u in links), path.name
+        assert said == [] and [u for u in asked if not u.startswith("data:")] == [p.as_uri() for p in pages]
+        browser.close()
 
 
 # Jupyter
