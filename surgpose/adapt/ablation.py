@@ -127,8 +127,8 @@ def label_precision(
 REVIEWED = "+ review of the {} worst"
 
 
-def _variants(found: Candidates, raw: Sequence | None, truth: dict, review: int) -> dict[str, tuple[Candidates, dict]]:
-    out = {name: (restrict(found, reasons, raw), {}) for name, reasons in make_rungs().items()}
+def _variants(found: Candidates, raw: Sequence | None, truth: dict, rungs: dict, review: int) -> dict[str, tuple[Candidates, dict]]:
+    out = {name: (restrict(found, reasons, raw), {}) for name, reasons in rungs.items()}
     last = list(out.values())[-1][0]
     return out | ({REVIEWED.format(review): (last, play_review(last, truth, review))} if review else {})
 
@@ -150,6 +150,7 @@ def run_ablation(
     train_cfg: TrainConfig | None = None,  # the teacher's recipe
     cfg: RefineConfig | None = None,
     *,
+    rungs: dict[str, Collection[str]] | None = None,  # name -> the doubts that count; those of `make_rungs` when absent
     seeds: Sequence[int] = (0, 1),
     review: int = 30,  # doubtful poses that a person, played by the truth, looks at; 0 leaves this rung out
     evaluate_cfg: EvaluateConfig | None = None,
@@ -162,7 +163,8 @@ def run_ablation(
     labels, raw, teacher = read_truth(Path(truth)), pseudo / "all" / "predictions.json", Path(teacher)
     if not isinstance(labels, dict): raise ValueError(f"{truth}: expected COCO labels of all keypoints, got tips alone")
     judge = judge or partial(_score, synthetic=synthetic, cfg=evaluate_cfg, target=video, truth=truth, device=device, progress=progress)
-    variants = _variants(read_candidates(pseudo / "candidates.json"), read_predictions(raw) if raw.is_file() else None, labels, review)
+    seen = read_predictions(raw) if raw.is_file() else None
+    variants = _variants(read_candidates(pseudo / "candidates.json"), seen, labels, rungs or make_rungs(), review)
     start, rows = [sha256_file(teacher), sha256_file(truth), train_cfg.model_dump(mode="json"), cfg.model_dump(mode="json")], []
     before = _kept(out / "teacher.json", hash_data(start), lambda: judge(teacher, out / "teacher"))
     adapt = partial(refine, teacher, synthetic, train_cfg=train_cfg, refine_cfg=cfg, device=device, progress=progress,
