@@ -81,7 +81,7 @@ def predict_phase(job: Job) -> dict[str, Any]:  # headline numbers
 def propose_labels(
     video: Path,
     weights: Path | None,  # checkpoint of the teacher; the one in data/weights when absent
-    out: Path,  # folder for all/, candidates.json, counts.json and dataset/
+    out: Path,  # folder for all/, candidates.json, tracks.csv, counts.json and dataset/
     pseudo: PseudoConfig,
     track: TrackConfig,
     *,
@@ -90,6 +90,7 @@ def propose_labels(
 ) -> dict:  # the counts
     "Predict a video, judge every pose, and collect the frames that may be trained on."
     from surgpose.adapt.augment import second_look
+    from surgpose.adapt.paths import paths_table, write_paths
     from surgpose.adapt.pseudo import candidates, counts, write_candidates
     from surgpose.adapt.refine import pseudo_dataset
     from surgpose.adapt.review import apply_decisions
@@ -102,7 +103,9 @@ def propose_labels(
     found = follow(candidates(seen, pseudo, evidence=evidence), track)
     write_candidates(out / "candidates.json", found)
     pseudo_dataset(video, found, out / "decisions.jsonl", out / "dataset")
-    counted = counts(apply_decisions(found, out / "decisions.jsonl"))
+    decided = apply_decisions(found, out / "decisions.jsonl")
+    write_paths(out / "tracks.csv", paths_table(decided, progress=True))
+    counted = counts(decided)
     write_json(out / "counts.json", counted)
     return counted
 

@@ -272,7 +272,7 @@ def test_what_is_called_by_the_pipeline_really_filters(video, tmp_path, monkeypa
     propose_labels(video, "none.pt", tmp_path, PseudoConfig(), TrackConfig())
     counted = read_json(tmp_path / "counts.json")
     assert counted["reasons"] == {name: len(at) for name, at in CLIP_FAULTS.items()}
-    assert [counted[name] for name in FILTERS] == [80, 79, 78, 77, 77, 73]
+    assert [counted[name] for name in FILTERS] == [80, 79, 78, 77, 77, 77, 73]
     written = read_coco(tmp_path / "dataset" / "coco_annotations.json")
     assert counted["frames_kept"] == len(written["images"]) == 31
     assert len(read_candidates(tmp_path / "candidates.json").table) == 83

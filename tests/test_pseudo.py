@@ -34,7 +34,7 @@ FRAME = Frame("v", 640, 480)
 # Geometry -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(CLASSES), st.floats(0, 1), st.floats(-55, 55),
        st.floats(-180, 180))
 def test_a_true_view_of_a_tool_is_never_doubted(seed, name, share, tilt, turn):

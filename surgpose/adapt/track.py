@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
 from .pseudo import Candidates, agreement, body_area, make_table, poses_of
+from .smooth import sample_step, smooth_track, spread_of
 from ..config import TrackConfig
 from ..data.show import new_figure
 from ..geometry import iou_xywh
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['affinity', 'assign', 'sample_step', 'link', 'smooth_track', 'vote_class', 'find_jumps', 'judge_track', 'find_gaps',
-           'fill_gaps', 'follow', 'track_table', 'fig_tracks']
+__all__ = ['affinity', 'assign', 'link', 'vote_class', 'find_jumps', 'judge_track', 'find_gaps', 'fill_gaps', 'follow',
+           'track_table', 'fig_tracks']
 
 # %% ../../nbs/41_track.ipynb #c003
 _bar = partial(tqdm, file=sys.stderr, dynamic_ncols=True, delay=2)  # silent when it is quick
@@ -54,14 +55,6 @@ def assign(
     return [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-gain), strict=True) if gain[i, j] > 0]
 
 # %% ../../nbs/41_track.ipynb #c013
-def sample_step(
-    frames: Sequence[Frame],
-) -> int:  # video frames from one sample to the next
-    "Find the stride of a clip."
-    gaps = np.diff([f.index for f in frames])
-    return int(max(1, np.median(gaps))) if len(gaps) else 1
-
-# %% ../../nbs/41_track.ipynb #c015
 def link(
     frames: Sequence[tuple[Frame, Poses]],  # in order of time
     cfg: TrackConfig,
@@ -83,33 +76,7 @@ def link(
         tracks.append(ids)
     return tracks
 
-# %% ../../nbs/41_track.ipynb #c022
-def smooth_track(
-    steps: np.ndarray,  # (N,) whole sample numbers, ascending
-    values: np.ndarray,  # (N, D) measurements, NaN where missing
-    at: np.ndarray,  # (M,) whole sample numbers to know about, also beyond the ends
-) -> tuple[np.ndarray, np.ndarray]:  # (M, D) position and standard deviation, NaN without any value
-    "Smooth coordinates over time, through gaps and past the ends."
-    first, last = min(*steps, *at), max(*steps, *at)
-    grid = np.full((last - first + 1, values.shape[1]), np.nan)
-    grid[np.asarray(steps) - first] = values
-    mean, std = np.full_like(grid, np.nan), np.full_like(grid, np.nan)
-    for d in np.flatnonzero(np.isfinite(grid).any(0)): mean[:, d], std[:, d] = _smooth(grid[:, d])
-    return mean[np.asarray(at) - first], std[np.asarray(at) - first]
-
-# %% ../../nbs/41_track.ipynb #c023
-def _smooth(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from statsmodels.tsa.statespace.structural import UnobservedComponents
-    shift = np.nanmean(series)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = UnobservedComponents(series - shift, "local linear trend")
-        enough = np.isfinite(series).sum() >= 6
-        params = model.fit(disp=0, maxiter=30).params if enough else np.array([1.0, 1.0, 0.1])
-        found = model.smooth(np.maximum(params, [0.05, 1e-4, 1e-6]))  # px^2; no measurement is exact
-    return found.smoothed_state[0] + shift, np.sqrt(np.maximum(found.smoothed_state_cov[0, 0], 0))
-
-# %% ../../nbs/41_track.ipynb #c028
+# %% ../../nbs/41_track.ipynb #c020
 def vote_class(
     category_id: np.ndarray,  # (T,) along the track
     score: np.ndarray,  # (T,) weights
@@ -120,7 +87,7 @@ def vote_class(
     winner = int(votes.argmax())
     return winner, (category_id != winner) | (votes[winner] < share * votes.sum())
 
-# %% ../../nbs/41_track.ipynb #c031
+# %% ../../nbs/41_track.ipynb #c023
 def find_jumps(
     steps: np.ndarray,  # (T,) sample numbers, ascending
     kpts: np.ndarray,  # (T, 5, 3) x, y in px, and 0 for a point without label
@@ -139,7 +106,7 @@ def find_jumps(
     off[calm[torn]] = off[calm[torn + 1]] = True
     return off
 
-# %% ../../nbs/41_track.ipynb #c035
+# %% ../../nbs/41_track.ipynb #c027
 def judge_track(
     rows: pd.DataFrame,  # of one track, in order of time
     cfg: TrackConfig,
@@ -154,7 +121,7 @@ def judge_track(
                for names, f, j in zip(rows.reasons, flickers, jumps, strict=True)]
     return rows.assign(category_id=winner, reasons=reasons, kept=[not names for names in reasons])
 
-# %% ../../nbs/41_track.ipynb #c038
+# %% ../../nbs/41_track.ipynb #c030
 def find_gaps(
     rows: pd.DataFrame,  # of one trusted track
     frames: Sequence[Frame],  # all samples
@@ -170,13 +137,13 @@ def find_gaps(
         missing += [f for f in beyond if _inside(end, f) and tools.get(f.index, 0) < tools[end.frame]]
     return missing
 
-# %% ../../nbs/41_track.ipynb #c039
+# %% ../../nbs/41_track.ipynb #c031
 def _inside(row: pd.Series, frame: Frame) -> bool:
     rim = 0.02 * max(frame.width, frame.height)
     right, bottom = frame.width - row.x - row.w, frame.height - row.y - row.h
     return min(row.x, row.y, right, bottom) > rim
 
-# %% ../../nbs/41_track.ipynb #c040
+# %% ../../nbs/41_track.ipynb #c032
 def fill_gaps(
     rows: pd.DataFrame,  # of one trusted track
     missing: Sequence[Frame],
@@ -189,7 +156,8 @@ def fill_gaps(
     xy = np.where(kpts[..., 2:] > 0, kpts[..., :2], np.nan).reshape(len(rows), -1)
     at = np.array([round((f.index - start) / step) for f in missing])
     steps = ((rows.frame - start) / step).round().astype(int).to_numpy()
-    mean, _ = smooth_track(steps, np.hstack([xy, rows[list("xywh")]]), at)
+    noise = np.hstack([np.repeat(spread_of(rows), 2, 1), np.ones((len(rows), 4))])
+    mean, _ = smooth_track(steps, np.hstack([xy, rows[list("xywh")]]), at, noise_px=noise)
     points = mean[:, :-4].reshape(len(missing), -1, 2)
     points = np.dstack([points, np.isfinite(points).all(-1)])
     boxes = np.maximum(mean[:, -4:], [-np.inf, -np.inf, 1, 1])
@@ -199,7 +167,7 @@ def fill_gaps(
                  **dict(zip("xywh", box.round(2).tolist(), strict=True)))
             for f, k, box in zip(missing, flat, boxes, strict=True)]
 
-# %% ../../nbs/41_track.ipynb #c041
+# %% ../../nbs/41_track.ipynb #c033
 def follow(
     found: Candidates,  # as `candidates` leaves them
     cfg: TrackConfig,
@@ -221,7 +189,7 @@ def follow(
     rows = [row for part in (found.table[~single], *tracks) for row in part.to_dict("records")]
     return replace(found, table=make_table(rows + gaps))
 
-# %% ../../nbs/41_track.ipynb #c049
+# %% ../../nbs/41_track.ipynb #c041
 def track_table(
     found: Candidates,
 ) -> pd.DataFrame:  # one row per track, the longest first
@@ -235,7 +203,7 @@ def track_table(
     rows = [total(t, g) for t, g in found.table[found.table.track >= 0].groupby("track")]
     return pd.DataFrame(rows, columns=columns).sort_values("detections", ascending=False, ignore_index=True)
 
-# %% ../../nbs/41_track.ipynb #c052
+# %% ../../nbs/41_track.ipynb #c044
 def fig_tracks(
     found: Candidates,
 ) -> Figure:
