@@ -183,14 +183,17 @@ class Refine(Verb):
     pseudo: Path  # dataset folder of accepted frames
     refine: Annotated[RefineConfig, Flat] = RefineConfig()
     train: Annotated[TrainConfig, arg(name="train")] = TrainConfig()  # the teacher's recipe
+    target: Path | None = None  # labelled frames of the target domain that judge too: a dataset folder, COCO file, or labelled video
     out: Out = None  # run folder; `refined` under PROJ_OUT or reports/ when absent
     seed: int = 0  # root of all randomness
     device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
 
     def run(self) -> Path:
         from surgpose.adapt.refine import refine
+        if self.refine.rounds > 1:
+            raise ValueError(f"refine: expected one round, got {self.refine.rounds}; `surgpose run` proposes labels anew for each round")
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
-                      seed=self.seed, device=self.device)
+                      target=self.target, seed=self.seed, device=self.device)
 
 # %% ../nbs/91a_verbs.ipynb #c015
 @dataclass(frozen=True, kw_only=True)

@@ -320,6 +320,14 @@ def test_the_ablation_runs_for_real(found, clip, truth, toy_dataset, teacher, tm
     assert ablation_rows(ablation).seeds.tolist() == [0, 1, 1]
 
 
+def test_the_verb_does_one_round_and_says_so(tmp_path, capsys):
+    from surgpose.cli import main
+
+    args = ["refine", "--teacher", "t.pt", "--data", "d", "--pseudo", "p", "--rounds", "3", "--out", str(tmp_path / "o")]
+    assert main(args) == 1 and "expected one round, got 3" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 # Before and after ---------------------------------------------------------------------------------
 
 
