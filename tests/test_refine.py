@@ -323,8 +323,8 @@ def test_the_ablation_runs_for_real(found, clip, truth, toy_dataset, teacher, tm
 def test_the_verb_does_one_round_and_says_so(tmp_path, capsys):
     from surgpose.cli import main
 
-    args = ["refine", "--teacher", "t.pt", "--data", "d", "--pseudo", "p", "--rounds", "3", "--out", str(tmp_path / "o")]
-    assert main(args) == 1 and "expected one round, got 3" in capsys.readouterr().err
+    words = f"refine --teacher t.pt --data d --pseudo p --rounds 3 --out {tmp_path / 'o'}"
+    assert main(words.split()) == 1 and "expected one round, got 3" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
