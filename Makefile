@@ -43,9 +43,10 @@ prep: $(STAMP)  ## export the notebooks, clean them, test
 	$(BIN)/ruff check surgpose tests setup.py
 	$(MAKE) test
 
-bench: $(STAMP)  ## measure against the named baselines; writes reports/bench
-	$(BIN)/surgpose report 80_benchmark --out reports/bench -p rounds=2 -p render_images=4 -p render_rounds=2 \
-		-p render_width=640 -p render_workers=2 -p render_defaults=true -p truth_samples=200 -p race_clip=data/sample/clip.mp4
+bench: $(STAMP)  ## measure against the named baselines; writes reports/bench, with a JSON of all numbers
+	$(BIN)/surgpose report 80_benchmark --out reports/bench -p rounds=2 -p render_images=4 \
+		-p render_width=640 -p render_workers=2 -p render_defaults=true -p truth_samples=200 -p race_clip=data/sample/clip.mp4 \
+		-p sizes='[10, 1000, 10000, 100000]' -p long_minutes='[1, 10]' -p json_path=reports/bench/benchmark.json
 
 clean:  ## remove what was built, not what was learned: reports stay
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis
