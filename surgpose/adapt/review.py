@@ -129,6 +129,11 @@ class ReviewState:
         "Correct item `i`: it is another kind of tool."
         self.fix(i, self.pose(i)[0], category_id)
 
+    def say_all(self, words: Sequence[tuple[ReviewItem, str, np.ndarray | None, int | None]]) -> None:
+        "Write decisions on many poses as one action: pose, verdict, and for a fix its keypoints and class."
+        self._append(*(self._line(item, verdict, None if kpts is None else check_fix(kpts), kind)
+                       for item, verdict, kpts, kind in words), batch=os.urandom(4).hex())
+
     def to_track(self, i: int) -> int:
         "Say what stands on item `i` of all its track that is undecided; tells of how many poses."
         decided, item = self.decisions, self._item(i)

@@ -16,10 +16,12 @@ from defusedxml import DefusedXmlException
 from .coco import annotations_by_image
 from .yolo import POINT_SHIFT
 from ..files import atomic_write
-from ..schema import CLASSES, KEYPOINTS, category_id, class_name
+from ..schema import (CLASS_COLOURS, CLASSES, KEYPOINT_COLOURS, KEYPOINTS, SKELETON, category_id,
+                             class_name)
 
 # %% auto #0
-__all__ = ['LAST_FRAME', 'TipTracks', 'write_cvat_tips', 'read_cvat_tips', 'write_cvat_skeletons']
+__all__ = ['LAST_FRAME', 'TipTracks', 'write_cvat_tips', 'read_cvat_tips', 'write_cvat_skeletons', 'cvat_labels',
+           'read_cvat_skeletons']
 
 # %% ../../nbs/12_cvat.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -167,9 +169,57 @@ def write_cvat_skeletons(
         node = SubElement(root, "image", {k: str(v) for k, v in facts.items()})
         for a in groups[im["id"]]:
             source = "auto" if "score" in a else "manual"
-            tool = SubElement(node, "skeleton", label=class_name(a["category_id"]), source=source, z_order="0")
+            tool = SubElement(node, "skeleton", label=class_name(a["category_id"]), source=source, z_order="0", occluded="0")
             for name, (x, y, v) in zip(KEYPOINTS, np.reshape(a["keypoints"], (-1, 3)), strict=True):
                 hidden = v < min_conf if "score" in a else v == 1
                 SubElement(tool, "points", label=name, source=source, outside=str(int(v == 0)),
                            occluded=str(int(hidden and v > 0)), points=_point((x, y)))
+            if "track" in a: SubElement(tool, "attribute", name="track").text = str(a["track"])
     return _save(path, root)
+
+# %% ../../nbs/12_cvat.ipynb #c027
+def cvat_labels() -> list[dict]:  # JSON-able
+    "Describe the skeletons to CVAT, as the Raw tab of its label editor wants them."
+    at = ((50, 8), (42, 14), (58, 14), (50, 45), (50, 92))  # where the editor draws the points, per cent
+    lines = [f'<line x1="{at[a - 1][0]}" y1="{at[a - 1][1]}" x2="{at[b - 1][0]}" y2="{at[b - 1][1]}" stroke="black" '
+             f'data-type="edge" data-node-from="{a}" data-node-to="{b}" stroke-width="0.5"></line>' for a, b in SKELETON]
+    rings = [f'<circle r="1.5" stroke="black" fill="{colour}" cx="{x}" cy="{y}" stroke-width="0.1" data-type="element node" '
+             f'data-element-id="{k}" data-node-id="{k}" data-label-name="{name}"></circle>'
+             for k, (name, (x, y), colour) in enumerate(zip(KEYPOINTS, at, KEYPOINT_COLOURS, strict=True), 1)]
+    points = [dict(name=name, type="points", color=colour.lower(), attributes=[])
+              for name, colour in zip(KEYPOINTS, KEYPOINT_COLOURS, strict=True)]
+    track = dict(name="track", mutable=False, input_type="text", default_value="", values=[""])
+    return [dict(name=name, type="skeleton", color=colour.lower(), attributes=[track], sublabels=points, svg="".join(lines + rings))
+            for name, colour in zip(CLASSES, CLASS_COLOURS, strict=True)]
+
+# %% ../../nbs/12_cvat.ipynb #c031
+def _skeleton(node: Element, where: str) -> np.ndarray:
+    points = {p.get("label"): p for p in node.iter("points")}
+    if set(points) != set(KEYPOINTS):
+        raise ValueError(f"{where}: expected points {', '.join(KEYPOINTS)}, got {', '.join(map(str, points))}")
+    kpts = np.zeros((len(KEYPOINTS), 3))
+    for k, name in enumerate(KEYPOINTS):
+        p = points[name]
+        try:
+            if p.get("outside") == "1": continue
+            x, y = (float(v) - POINT_SHIFT for v in p.attrib["points"].split(","))
+            if not np.isfinite([x, y]).all(): raise ValueError("it is not finite")
+        except (KeyError, ValueError) as e: raise ValueError(f"{where}: expected a point x,y for {name}: {p.attrib}, {e}") from None
+        kpts[k] = x, y, 1 if p.get("occluded") == "1" else 2
+    return kpts
+
+# %% ../../nbs/12_cvat.ipynb #c032
+def read_cvat_skeletons(
+    xml: Path | str,  # CVAT 1.1 for images
+) -> list[dict]:  # per image: file_name, and poses with category_id, keypoints (5, 3) in px with visibility, track
+    "Read skeletons; shapes of other kinds and labels are left out."
+    path, out = Path(xml), []
+    for image in _parse(path).iter("image"):
+        name, poses = image.get("name", ""), []
+        for node in image.iter("skeleton"):
+            kind = _known(node.get("label", ""))
+            track = next((a.text or "" for a in node.iter("attribute") if a.get("name") == "track"), "")
+            if kind: poses.append(dict(category_id=kind, keypoints=_skeleton(node, f"{path} image {name}"),
+                                       track=int(track) if track.strip().lstrip("-").isdecimal() else None))
+        out.append(dict(file_name=name, poses=poses))
+    return out
