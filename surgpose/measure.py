@@ -18,24 +18,24 @@ from .pose.truth import find_truth as find_truth
 from .pose.truth import read_truth as read_truth
 
 # %% auto #0
-__all__ = ['MEASURES', 'TIP_MEASURES', 'labelled_metrics', 'tip_rows', 'metric_rows', 'compare_runs', 'compare_verdict']
+__all__ = ['MEASURES', 'TIP_MEASURES', 'labelled_found', 'tip_rows', 'metric_rows', 'compare_runs', 'compare_verdict']
 
 # %% ../nbs/90b_measure.ipynb #c005
-def labelled_metrics(
+def labelled_found(
     weights: Path,  # checkpoint
     video: Path,
     truth: dict,  # COCO labels of its frames, with `frame`
     cfg: EvaluateConfig,
     device: str = "auto",
-) -> dict:  # as in metrics.json
-    "Score a network on the labelled frames of a video."
+) -> tuple[dict, list[dict]]:  # the labels of the frames that were read, and COCO results
+    "Find the tools in the labelled frames of a video."
     from surgpose.data.video import read_video
-    from surgpose.pose.evaluate import match_frames, metrics
+    from surgpose.pose.evaluate import match_frames
     from surgpose.pose.predict import predict_frames, predictions_dict
     wanted = {im["frame"] for im in truth["images"]}
     frames = ((f, image) for f, image in read_video(video) if f.index in wanted)
     rows = [(f, poses) for f, _, poses in predict_frames(weights, frames, cfg, device=device)]
-    return metrics(*match_frames(predictions_dict(rows), truth), cfg)
+    return match_frames(predictions_dict(rows), truth)
 
 # %% ../nbs/90b_measure.ipynb #c007
 MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2",
@@ -109,7 +109,8 @@ def _paired(folders: list[tuple[Path, Path]], measured: list[dict], data: Path, 
 # %% ../nbs/90b_measure.ipynb #c017
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
                    truth: Path | None, seen: list[dict], same: bool, device: str, judged_by: Sequence[int] = ()) -> list[dict]:
-    from surgpose.pose.evaluate import tip_errors
+    from surgpose.adapt.change import clip_deltas
+    from surgpose.pose.evaluate import metrics, tip_errors
     sets, labels = [], unseen_truth(truth, judged_by) if truth and video else None
     def add(name: str, unit: str, n: int, rows: list[dict]) -> None:
         sets.append(dict(name=name, unit=unit, n=n, rows=rows))
@@ -119,8 +120,10 @@ def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path 
         add("synthetic validation", "images", old["n_images"], metric_rows(old, new))
         if len(runs) == 2: sets[-1]["paired"] = _paired([(r, out / "compare" / r.name) for r in runs], [old, new], data, cfg)
     if isinstance(labels, dict):
-        old, new = pair([labelled_metrics(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs])
+        found = [labelled_found(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs]
+        old, new = pair([metrics(*f, cfg) for f in found])
         add("labelled clip", "frames", old["n_images"], metric_rows(old, new))
+        if len(runs) == 2: sets[-1]["paired"] = clip_deltas(found[0][0], found[0][1], found[1][1], resamples=cfg.bootstrap)
     elif labels is not None:
         old, new = pair([tip_errors(p, labels) for p in seen])
         add("tip tracks", "tips", sum(t["n"] for t in old.values()), tip_rows(old, new))

@@ -5,7 +5,7 @@
 # %% ../../nbs/50d_change.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +16,16 @@ from scipy.optimize import linear_sum_assignment
 from ..data.coco import annotations_by_image
 from ..data.cvat import TipTracks
 from ..data.show import new_figure
+from ..pose.judge import average, has_keypoints, judge, keypoint_errors
 from ..pose.predict import read_predictions
 from ..pose.tips import FAR_SHARE
-from ..schema import CLASSES, KEYPOINTS, TIP, Frame, Poses, class_name
+from ..schema import CLASSES, KEYPOINTS, LENIENT_SIGMAS, TIP, Frame, Poses, class_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['MEASURES', 'Timeline', 'timeline', 'change_rows', 'video_change', 'fig_change']
+__all__ = ['MEASURES', 'Timeline', 'timeline', 'change_rows', 'clip_deltas', 'video_change', 'fig_change']
 
 # %% ../../nbs/50d_change.ipynb #c005
 @dataclass(frozen=True)
@@ -162,6 +163,58 @@ def change_rows(
     return rows
 
 # %% ../../nbs/50d_change.ipynb #c022
+def _in_time(truth: dict, found: list[dict]) -> tuple[dict, list[dict]]:
+    "Number the frames in order of time, which is what stretches are made of."
+    order = sorted(truth["images"], key=lambda im: im["frame"])
+    number = {im["id"]: i for i, im in enumerate(order, 1)}
+    tools = [{**a, "image_id": number[a["image_id"]]} for a in truth["annotations"]]
+    rows = [{**r, "image_id": number[r["image_id"]]} for r in found if r["image_id"] in number]
+    return {**truth, "images": [{**im, "id": number[im["id"]]} for im in order], "annotations": tools}, rows
+
+
+def _judge_clip(truth: dict, found: list[dict]) -> Callable[[np.ndarray], dict[str, float]]:
+    posed = {**truth, "annotations": [a for a in truth["annotations"] if has_keypoints(a)]}
+    judged = {"AP": judge(posed, found), "AP at sigma 0.2": judge(posed, found, sigmas=LENIENT_SIGMAS), "box AP": judge(truth, found, kind="bbox")}
+    errors = keypoint_errors(posed, found)
+    def values(frames: np.ndarray) -> dict[str, float]:
+        weight = np.bincount(frames, minlength=len(truth["images"]))[errors.image] if len(errors.image) else np.zeros(0, int)
+        drawn, size = np.repeat(errors.error_px, weight, 0), np.repeat(errors.diagonal_px, weight)
+        out = {name: average(j, frames)["AP"] for name, j in judged.items()} | {"keypoints within 5 %": _within(drawn, size)}
+        out |= {f"{name.replace('_', ' ')} within 5 %": _within(drawn[:, [k]], size) for k, name in enumerate(KEYPOINTS)}
+        seen = [e[np.isfinite(e)] for e in drawn.T]
+        return out | {f"{name.replace('_', ' ')}, median px": float(np.median(e)) if len(e) else np.nan for name, e in zip(KEYPOINTS, seen, strict=True)}
+    return values
+
+
+def _within(error_px: np.ndarray, diagonal_px: np.ndarray) -> float:
+    labelled = ~np.isnan(error_px)
+    return float((error_px <= 0.05 * diagonal_px[:, None]).sum() / labelled.sum()) if labelled.any() else np.nan
+
+# %% ../../nbs/50d_change.ipynb #c023
+def clip_deltas(
+    truth: dict,  # COCO labels of a video's frames, with `frame`
+    before: list[dict],  # COCO results on them, down to the lowest scores
+    after: list[dict],  # the other network's
+    *,
+    stretch: int = 12,  # labelled frames in a stretch
+    resamples: int = 200,
+    seed: int = 0,
+) -> list[dict]:  # metric, before, after, delta, and the delta's 95 % interval low, high
+    "Measure two networks on a labelled clip, and how sure their difference is."
+    sides = [_judge_clip(*_in_time(truth, found)) for found in (before, after)]
+    n, rng = len(truth["images"]), np.random.default_rng(seed)
+    old, new = (values(np.arange(n)) for values in sides)
+    drawn = [_stretches(rng, n, stretch) for _ in range(resamples)] if n >= 2 * stretch else []
+    gaps = [{name: b[name] - a[name] for name in a} for a, b in ([values(i) for values in sides] for i in drawn)]
+    rows = []
+    for name in old:
+        spread = np.array([g[name] for g in gaps])
+        low, high = np.nanpercentile(spread, [2.5, 97.5]) if np.isfinite(spread).any() else (np.nan, np.nan)
+        numbers = dict(before=old[name], after=new[name], delta=new[name] - old[name], low=low, high=high)
+        rows.append(dict(metric=name) | {k: float(v) if np.isfinite(v) else None for k, v in numbers.items()})
+    return rows
+
+# %% ../../nbs/50d_change.ipynb #c027
 def video_change(
     before: Path | str | Sequence,  # predictions.json or its folder, or read ones
     after: Path | str | Sequence | None,
@@ -173,7 +226,7 @@ def video_change(
     lines = [timeline([(f, p) for f, p in rows if f.index in common], truth) for rows in sides]
     return lines[0], lines[1] if len(lines) == 2 else None
 
-# %% ../../nbs/50d_change.ipynb #c023
+# %% ../../nbs/50d_change.ipynb #c028
 def fig_change(
     before: Timeline,
     after: Timeline | None,
