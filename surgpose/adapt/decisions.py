@@ -17,11 +17,12 @@ import pandas as pd
 
 from .edit import check_fix
 from ..files import atomic_write, read_jsonl
+from ..geometry import box_of_keypoints, iou_xywh
 from ..schema import CLASSES
 
 # %% auto #0
-__all__ = ['Key', 'VERDICTS', 'PAUSE_S', 'key_of', 'standing', 'read_decisions', 'undo_stacks', 'taken_back', 'seconds_per_item',
-           'merge_lines', 'disagreements', 'merge_decisions']
+__all__ = ['Key', 'VERDICTS', 'PAUSE_S', 'key_of', 'standing', 'read_decisions', 'settle', 'undo_stacks', 'taken_back',
+           'seconds_per_item', 'merge_lines', 'disagreements', 'merge_decisions']
 
 # %% ../../nbs/42b_decisions.ipynb #c005
 Key = tuple[str, int, int]  # video, frame number, track
@@ -70,12 +71,36 @@ def _check_line(line: object, where: str) -> None:
             raise ValueError(f"{where}: expected {name} as {kind.__name__}, got {line[name]!r}")
     if line["verdict"] not in VERDICTS:
         raise ValueError(f"{where}: expected a verdict of {', '.join(VERDICTS)}, got {line['verdict']!r}")
-    if line["verdict"] != "fix": return
+    if line["verdict"] != "fix" and (line["verdict"] != "accept" or line.get("keypoints") is None): return
     check_fix(line.get("keypoints"), where)
     if line.get("category_id") not in (None, *range(1, len(CLASSES) + 1)):
         raise ValueError(f"{where}: expected category_id 1..{len(CLASSES)}, got {line['category_id']!r}")
 
 # %% ../../nbs/42b_decisions.ipynb #c013
+def settle(
+    decisions: dict[Key, dict],  # as `standing` makes them
+    places: dict[Key, np.ndarray],  # key -> (4,) box of a pose in px, as poses are now
+) -> tuple[dict[Key, dict], list[dict]]:  # decisions under the keys of poses that are there, and those without a pose
+    "Find the pose that each decision is about."
+    placed = {key: said for key, said in decisions.items() if key in places and _overlap(said, places[key]) > 0.5}
+    taken, frames, lost = set(placed), {}, []
+    for key in places: frames.setdefault(key[:2], []).append(key)
+    for key, said in decisions.items():
+        if key in taken: continue
+        near = {other: _overlap(said, places[other]) for other in frames.get(key[:2], ()) if "bbox" in said}
+        best = max(near, key=near.get, default=None)
+        if best is None or near[best] <= 0.5: lost.append(said)
+        elif best not in taken: placed[best] = said
+    return placed, lost
+
+
+def _overlap(said: dict, xywh_px: np.ndarray) -> float:
+    if "bbox" not in said: return 1.0
+    boxes = [said["bbox"]]
+    if said["verdict"] == "fix" and said.get("keypoints"): boxes.append(box_of_keypoints(check_fix(said["keypoints"]), 0.12))
+    return float(iou_xywh(boxes, [xywh_px]).max())
+
+# %% ../../nbs/42b_decisions.ipynb #c017
 def undo_stacks(
     lines: Sequence[dict],  # of decisions.jsonl
     who: str = "",  # the person
@@ -93,7 +118,7 @@ def undo_stacks(
         else: done, undone = [*done, [line]], []
     return done, undone
 
-# %% ../../nbs/42b_decisions.ipynb #c016
+# %% ../../nbs/42b_decisions.ipynb #c020
 def taken_back(
     line: dict,  # what was said
     past: Sequence[dict],  # the lines of the person that were said before and not undone
@@ -103,7 +128,7 @@ def taken_back(
     changed = {name: before.get(name) for name in ("verdict", "keypoints", "category_id")}
     return {**line, **changed, "action": "undo"}
 
-# %% ../../nbs/42b_decisions.ipynb #c020
+# %% ../../nbs/42b_decisions.ipynb #c024
 PAUSE_S = 60.0  # a longer silence is a pause, and costs one item this much
 
 
@@ -117,7 +142,7 @@ def seconds_per_item(
     active = np.diff(times).clip(0, PAUSE_S).sum()
     return float(active / (items - 1)) if items > 3 else None
 
-# %% ../../nbs/42b_decisions.ipynb #c024
+# %% ../../nbs/42b_decisions.ipynb #c028
 def merge_lines(
     files: Sequence[tuple[str, Sequence[dict]]],  # a name, and the lines in that person's file
 ) -> list[dict]:  # oldest first; each file's own order is kept
@@ -134,7 +159,7 @@ def merge_lines(
         seen += Counter((json.dumps(x | dict(who=""), sort_keys=True), who) for x in part for who in {x["who"], ""})
     return list(heapq.merge(*parts, key=lambda line: line.get("at", "")))
 
-# %% ../../nbs/42b_decisions.ipynb #c027
+# %% ../../nbs/42b_decisions.ipynb #c031
 def disagreements(
     lines: Sequence[dict],  # of decisions.jsonl, oldest first
     far_px: float = 5.0,  # corrected points nearer than this are the same
@@ -151,7 +176,7 @@ def disagreements(
                              **{who or "nobody": x["verdict"] for who, x in said.items()}))
     return pd.DataFrame(rows, columns=["video", "frame", "track", "apart_px", *(who or "nobody" for who in people)])
 
-# %% ../../nbs/42b_decisions.ipynb #c028
+# %% ../../nbs/42b_decisions.ipynb #c032
 def _apart(said: Sequence[dict]) -> float:
     fixes = [check_fix(x["keypoints"]) for x in said if x["verdict"] == "fix"]
     if len(fixes) < 2: return 0.0
@@ -159,7 +184,7 @@ def _apart(said: Sequence[dict]) -> float:
     gaps = [np.linalg.norm(f[both, :2] - fixes[0][both, :2], axis=1).max(initial=0.0) for f in fixes]
     return float(np.inf if len({tuple(f[:, 2] > 0) for f in fixes}) > 1 else max(gaps))
 
-# %% ../../nbs/42b_decisions.ipynb #c031
+# %% ../../nbs/42b_decisions.ipynb #c035
 def merge_decisions(
     paths: Sequence[Path | str],  # two or more decisions.jsonl, one per person
     out: Path | str,  # the merged file; may be one of them

@@ -44,9 +44,10 @@ def send_frames(
     folder, rows = Path(folder), []
     for item in items:
         (kpts, kind), name = state.stands(item), f"{item.frame:06d}.jpg"
+        box = box_of_keypoints(kpts, 0.12) if kpts[:, 2].any() else item.xywh_px
         rows.append(dict(name=name, video=item.video, frame=int(item.frame), track=int(item.track), size=list(item.size_px),
                          category_id=int(kind), keypoints=kpts.round(2).ravel().tolist(), score=round(float(item.score), 4),
-                         bbox=box_of_keypoints(kpts, 0.12).round(2).tolist(), reasons=list(item.reasons)))
+                         bbox=np.round(box, 2).tolist(), reasons=list(item.reasons)))
     for frame in sorted({row["frame"] for row in rows}):
         jpeg = cv2.imencode(".jpg", images(frame), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         atomic_write(folder / "images" / f"{frame:06d}.jpg", jpeg.tobytes())

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .decisions import (VERDICTS, Key, key_of, read_decisions, seconds_per_item, standing, taken_back,
-                                      undo_stacks)
+from .decisions import (VERDICTS, Key, key_of, read_decisions, seconds_per_item, settle, standing,
+                                      taken_back, undo_stacks)
 from .edit import check_fix, editable, move_point, set_visibility, swap_jaws
 from .pseudo import Candidates, is_settled, make_table
 from ..files import append_jsonl, atomic_write, utc_now
-from ..geometry import box_of_keypoints, iou_xywh
+from ..geometry import box_of_keypoints
 from ..schema import Frame, class_name
 
 # %% auto #0
-__all__ = ['ReviewItem', 'review_items', 'ReviewState', 'apply_decisions']
+__all__ = ['ReviewItem', 'review_items', 'ReviewState', 'place_decisions', 'apply_decisions']
 
 # %% ../../nbs/42_review.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -77,13 +77,18 @@ class ReviewState:
         who: str = "",  # who decides; wanted where two people's files are to be merged
     ) -> None:
         self.items, self.path, self.sure, self.who = list(items), Path(path), list(sure), who
-        self.lines = read_decisions(self.path)
+        self.lines, self._places = read_decisions(self.path), {item.key: item.xywh_px for item in (*sure, *items)}
+        self._settled: tuple[int, dict[Key, dict]] = (-1, {})
         _mend(self.path)
 
     @property
     def decisions(self) -> dict[Key, dict]:
-        "The lines that stand."
-        return standing(self.lines)
+        "The lines that stand, under the keys of the poses that they are about."
+        if self._settled[0] != len(self.lines):
+            placed, lost = settle(standing(self.lines), self._places)
+            away = {key_of(line): line for line in lost if key_of(line) not in self._places}
+            self._settled = len(self.lines), away | placed
+        return dict(self._settled[1])
 
     def verdict(self, i: int) -> str:
         "What stands on item `i`: accept, reject, fix, or open."
@@ -96,7 +101,8 @@ class ReviewState:
     def stands(self, item: ReviewItem) -> tuple[np.ndarray, int]:
         "Any pose as it stands, also one that nobody need look at."
         said = self.decisions.get(item.key, {})
-        if said.get("verdict") != "fix": return editable(item.keypoints), item.category_id
+        if said.get("verdict") not in ("accept", "fix") or not said.get("keypoints"):
+            return editable(item.keypoints), item.category_id
         return check_fix(said["keypoints"]), said.get("category_id") or item.category_id
 
     def accept(self, i: int) -> None:
@@ -190,13 +196,16 @@ class ReviewState:
 
     def _line(self, item: ReviewItem, verdict: str, kpts: np.ndarray | None = None, category_id: int | None = None) -> dict:
         video, frame, track = item.key
+        if verdict == "accept": kpts, category_id = editable(item.keypoints), item.category_id  # as it was seen
+        if verdict == "accept" and not kpts[:, 2].any(): raise ValueError(f"review: expected a pose to accept, frame {frame} track {track} has no point")
         return dict(video=video, frame=int(frame), track=int(track), verdict=verdict,
-                    keypoints=None if kpts is None else kpts.round(2).ravel().tolist(), category_id=category_id,
+                    keypoints=None if kpts is None else kpts.round(2).ravel().tolist(), category_id=category_id and int(category_id),
                     bbox=np.round(item.xywh_px, 2).tolist(), by="person", who=self.who, action="do")
 
     def _like(self, said: dict, other: ReviewItem, is_sure: bool) -> dict | None:
         if said["verdict"] != "fix":
-            return None if is_sure and said["verdict"] == "accept" else self._line(other, said["verdict"])
+            idle = said["verdict"] == "accept" and (is_sure or not (other.keypoints[:, 2] > 0).any())
+            return None if idle else self._line(other, said["verdict"])
         own, kind = editable(other.keypoints), said.get("category_id") or other.category_id
         kpts = _seen_alike(own, check_fix(said["keypoints"]))
         idle = is_sure and kind == other.category_id and (kpts == own).all()
@@ -222,34 +231,51 @@ def _mend(path: Path) -> None:
     if whole != data: atomic_write(path, whole)  # a crash cut the last line short
 
 # %% ../../nbs/42_review.ipynb #c023
+def place_decisions(
+    found: Candidates,
+    decisions: dict[Key, dict],  # as `standing` makes them
+) -> dict[Key, dict]:  # under the keys of rows, or of a free track where a person's pose has no row
+    "Find the rows that decisions are about, also where tracks were numbered anew."
+    frames = {f.index: f for f in found.frames}
+    rows = found.table[found.table.track >= 0]
+    places = {(frames[f].file_name, f, t): np.array(box) for f, t, *box in rows[["frame", "track", *"xywh"]].itertuples(index=False, name=None)}
+    placed, lost = settle(decisions, places)
+    free, stale = int(found.table.track.max()) + 1 if len(found.table) else 0, 0
+    for said in lost:
+        here = frames.get(said["frame"])
+        if not here or here.file_name != said["video"] or said["verdict"] == "reject" or not said.get("keypoints"): stale += 1
+        elif key_of(said) not in places: placed[key_of(said)] = said
+        else: placed[said["video"], said["frame"], free], free = said, free + 1
+    if stale: warnings.warn(f"review: left out {stale} decisions on poses that are elsewhere now", stacklevel=3)
+    return placed
+
+# %% ../../nbs/42_review.ipynb #c024
 def apply_decisions(
     found: Candidates,
     decisions: Path | str | dict[Key, dict] | None,  # decisions.jsonl, or what `standing` made of it
 ) -> Candidates:
     "Overlay candidates with what was decided."
     if not isinstance(decisions, dict): decisions = standing(read_decisions(decisions)) if decisions else {}
-    frames = {f.index: f for f in found.frames}
-    rows, stale = found.table.to_dict("records"), 0
+    frames, rows = {f.index: f for f in found.frames}, found.table.to_dict("records")
+    left = place_decisions(found, decisions)
     for row in rows:
         frame = frames[row["frame"]]
-        said = decisions.get((frame.file_name, row["frame"], row["track"]))
-        if said and not _same_place(row, said): stale += 1
-        elif said: row.update(_decided(row, said, frame))
-    if stale:
-        warnings.warn(f"review: left out {stale} decisions on poses that are elsewhere now", stacklevel=2)
+        said = left.pop((frame.file_name, row["frame"], row["track"]), None) if row["track"] >= 0 else None
+        if said: row.update(_decided(row, said, frame))
+    for (_, index, track), said in left.items():  # the teacher sees nothing there now
+        row = dict.fromkeys(found.table.columns) | dict(frame=index, t_s=frames[index].t_s, track=track, score=1.0, reasons=(),
+                                                        category_id=1, keypoints=[0.0] * 15, **dict(zip("xywh", said["bbox"], strict=True)))
+        rows.append(row | _decided(row, said, frames[index]))
     return replace(found, table=make_table(rows))
 
-# %% ../../nbs/42_review.ipynb #c024
-def _same_place(row: dict, said: dict) -> bool:
-    return "bbox" not in said or iou_xywh([[row[c] for c in "xywh"]], [said["bbox"]])[0, 0] > 0.5
-
-
+# %% ../../nbs/42_review.ipynb #c025
 def _decided(row: dict, said: dict, frame: Frame) -> dict:
     if said["verdict"] == "reject": return dict(kept=False, reasons=(*row["reasons"], "rejected"))
-    if said["verdict"] == "accept": return dict(kept=True)
-    kpts, size = check_fix(said["keypoints"]), np.array([frame.width, frame.height])
+    if not said.get("keypoints"): return dict(kept=True)
+    kpts, size, own = check_fix(said["keypoints"]), np.array([frame.width, frame.height]), editable(np.reshape(row["keypoints"], (-1, 3)))
+    kind = dict(kept=True, category_id=said.get("category_id") or row["category_id"])
+    if said["verdict"] == "accept" and np.abs(own - kpts).max() < 1: return kind  # as it was seen
     x, y, w, h = box_of_keypoints(kpts, 0.12)
     low, high = np.clip([x, y], 0, size), np.clip([x + w, y + h], 0, size)
     box = [*low, *(high - low)] if (high - low).min() > 1 else [row[c] for c in "xywh"]
-    return dict(kept=True, keypoints=kpts.ravel().tolist(), category_id=said.get("category_id") or row["category_id"],
-                **dict(zip("xywh", np.round(box, 2).tolist(), strict=True)))
+    return dict(kind, keypoints=kpts.ravel().tolist(), **dict(zip("xywh", np.round(box, 2).tolist(), strict=True)))

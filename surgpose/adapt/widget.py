@@ -192,8 +192,10 @@ class ReviewView:
         elif name == "skip": self.move(i + 1)
         elif name == "track": self._spread()
         elif name in ("accept", "reject"):
-            if name == "reject" or state.verdict(i) != "fix": getattr(state, name)(i)
-            self.move(i + 1)
+            try:
+                if name == "reject" or state.verdict(i) != "fix": getattr(state, name)(i)
+                self.move(i + 1)
+            except ValueError as e: self._say(str(e))
         elif name == "see":
             now = int(state.pose(i)[0][self.chosen, 2])
             self._correct(lambda i: state.set_visibility(i, self.chosen, (now + 2) % 3))
@@ -203,13 +205,16 @@ class ReviewView:
     def _correct(self, change: Callable[[int], None]) -> None:
         if self.position >= len(self.state.items): return
         try: change(self.position)
-        except ValueError as e: self.note = str(e)
+        except ValueError as e: return self._say(str(e))
+        self.show(self.position)
+
+    def _say(self, note: str) -> None:
+        self.note = note
         self.show(self.position)
 
     def _spread(self) -> None:
-        if self.state.verdict(self.position) == "open": self.note = "Decide on this pose first, then on its track."
-        else: self.note = f"The same is said of {self.state.to_track(self.position)} more poses of its track."
-        self.show(self.position)
+        if self.state.verdict(self.position) == "open": return self._say("Decide on this pose first, then on its track.")
+        self._say(f"The same is said of {self.state.to_track(self.position)} more poses of its track.")
 
     def _return_to(self, key: tuple | None) -> None:
         at = [i for i, item in enumerate(self.state.items) if item.key == key]
