@@ -138,7 +138,7 @@ class DatasetBrowser(Shown):
         *,
         columns: int = 4,
         rows: int = 3,
-        width: int = 960,  # px of a page
+        width: int = 800,  # px of a page
     ) -> None:
         self.folder, self.columns, self.rows, self.width = Path(folder), columns, rows, width
         self.coco = read_coco(self.folder / "coco_annotations.json")

@@ -88,7 +88,10 @@ def _linked(body: str, pages: Sequence[Page]) -> str:
     def link(found: re.Match) -> str:
         known = names.get(found[1].removesuffix(".ipynb").removeprefix("nbs/").replace("/", "-"))
         return f'<a href="{escape(known.name)}.html">{found[0]}</a>' if known else found[0]
-    return re.sub(r"<code>([\w/.-]+)</code>", link, body)
+    def page(found: re.Match) -> str:
+        known = names.get(Path(found[1]).stem)
+        return f'href="{escape(known.name)}.html"' if known else found[0]
+    return re.sub(r'href="([\w/.-]+)\.ipynb"', page, re.sub(r"<code>([\w/.-]+)</code>", link, body))
 
 # %% ../nbs/91d_docs.ipynb #c014
 def doc_page(

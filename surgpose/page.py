@@ -184,7 +184,7 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 <td class="number">{% if row.low is number %}{{ row.low|number }} to {{ row.high|number }}{% endif %}</td></tr>{% endfor %}
 </table>{% endfor %}
 {% if film %}<h2>The video</h2><figure><video controls muted preload="metadata" src="{{ film }}"></video></figure>{% endif %}
-{% if phases %}<h2>Phases</h2><table><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th>{% if before.numbers %}<th>the run before, {{ before.ended }}</th>{% endif %}</tr>
+{% if phases %}<h2>Phases</h2><table><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th>{% if before.numbers %}<th>the run before, {{ before.ended[:16]|replace('T', ' ') }}</th>{% endif %}</tr>
 {% for name, p in phases.items() %}<tr><td>{{ name }}</td><td><span class="state {{ p.css }}">{{ p.word }}</span></td>
 <td class="number">{{ p.time }}</td><td>{% for label, value in p.numbers.items() %}{{ label }}&nbsp;{{ value|number }}
 {{ "" if loop.last else " · " }}{% endfor %}{{ p.error }}</td>

@@ -261,6 +261,7 @@ class Run(Verb):
     only: tuple[str, ...] = ()  # run these phases alone, like --only predict reports
     start: Annotated[str | None, arg(name="from")] = None  # run this phase and those behind it
     force: bool = False  # run what is up to date as well
+    frames: bool = True  # may reports show frames of the video; switched off for footage of patients
     matrix: Path | None = None  # YAML file of settings, each with a list of values: a run for every combination
     scheduler: str | None = None  # address of a Dask scheduler, like tcp://host:8786; its workers run the matrix, or render
 
@@ -268,6 +269,7 @@ class Run(Verb):
         "Build the config: profile or file, then PROJ_DATA, then single settings."
         base = profile(self.profile) if self.config is None else load_config(self.config)
         extra = {k: v for k, v in dict(seed=self.seed, device=self.device).items() if v is not None}
+        if not self.frames: extra["report.embed_frames"] = False
         return override(from_environment(base), [*(f"{k}={v!r}" for k, v in extra.items()), *self.set])
 
     def run(self) -> Path:
