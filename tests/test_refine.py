@@ -318,6 +318,7 @@ def test_the_ablation_runs_for_real(found, clip, truth, toy_dataset, teacher, tm
     assert [r["rung"] for r in ablation["rows"]] == ["scores alone", "+ review of the 2 worst"]
     assert all(set(r["scores"]) == set(ablation["teacher"]) for r in ablation["rows"])
     assert ablation_rows(ablation).seeds.tolist() == [0, 1, 1]
+    assert all(r["gain"]["metric"] == "AP" and r["gain"]["delta"] is not None for r in ablation["rows"])
 
 
 def test_the_verb_does_one_round_and_says_so(tmp_path, capsys):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .change import clip_deltas
 from .gate import held_out_scores
 from .pseudo import (FILTERS, REASONS, Candidates, agreement, body_area, frame_states, make_table, poses_of,
                                    read_candidates)
@@ -133,13 +134,19 @@ def _variants(found: Candidates, raw: Sequence | None, truth: dict, rungs: dict,
     return out | ({REVIEWED.format(review): (last, play_review(last, truth, review))} if review else {})
 
 
-def _learn(adapt: Callable[..., Path], rung: str, seed: int, data: Path, folder: Path, precision: float) -> dict:
+def _learn(adapt: Callable[..., Path], rung: str, seed: int, data: Path, folder: Path, precision: float, gain: Callable) -> dict:
     facts = read_json(adapt(data, folder, seed=seed) / "refine.json")
     return dict(rung=rung, seed=seed, frames=facts["mix"]["pseudo_frames"], labels=facts["mix"]["pseudo_labels"],
-                precision=None if np.isnan(precision) else precision, reason=facts["reason"],
+                precision=None if np.isnan(precision) else precision, reason=facts["reason"], gain=gain(folder),
                 scores={g["set"]: g["refined"] for g in facts["gate"]})
 
-# %% ../../nbs/50e_ablation.ipynb #c022
+# %% ../../nbs/50e_ablation.ipynb #c023
+def _gain(truth: dict, before: Path, resamples: int, after: Path) -> dict | None:
+    sides = [p / "target" / "found.json" for p in (before, after)]
+    if not all(p.is_file() for p in sides): return None
+    return clip_deltas(truth, *map(read_json, sides), resamples=resamples)[0]
+
+# %% ../../nbs/50e_ablation.ipynb #c024
 def run_ablation(
     teacher: Path | str,  # weights that found the candidates
     synthetic: Path | str,  # dataset folder with train and val images
@@ -166,6 +173,7 @@ def run_ablation(
     seen = read_predictions(raw) if raw.is_file() else None
     variants = _variants(read_candidates(pseudo / "candidates.json"), seen, labels, rungs or make_rungs(), review)
     start, rows = [sha256_file(teacher), sha256_file(truth), train_cfg.model_dump(mode="json"), cfg.model_dump(mode="json")], []
+    resamples = (evaluate_cfg or EvaluateConfig()).bootstrap
     before = _kept(out / "teacher.json", hash_data(start), lambda: judge(teacher, out / "teacher"))
     adapt = partial(refine, teacher, synthetic, train_cfg=train_cfg, refine_cfg=cfg, device=device, progress=progress,
                     gate=lambda weights, folder: before if weights == teacher else judge(weights, folder))
@@ -174,13 +182,13 @@ def run_ablation(
         right, labelled = label_precision(apply_decisions(found, said), labels), sha256_file(data / "coco_annotations.json")
         for seed in seeds:
             folder = out / f"rung_{n}_seed_{seed}"
-            learn = partial(_learn, adapt, rung, seed, data, folder, right)
+            learn = partial(_learn, adapt, rung, seed, data, folder, right, partial(_gain, labels, out / "teacher", resamples))
             rows.append(_kept(folder / "row.json", hash_data([*start, labelled, rung]), learn))
     done = dict(teacher=before, rows=rows, frames=len(labels["images"]), video=Path(video).name, review=review,
                 config=cfg.model_dump(mode="json"), weights_sha256=start[0], finished=utc_now())
     return write_json(out / "ablation.json", done)
 
-# %% ../../nbs/50e_ablation.ipynb #c023
+# %% ../../nbs/50e_ablation.ipynb #c025
 def _kept(path: Path, fingerprint: str, make: Callable[[], dict]) -> dict:
     "Read a result that is there already, or make and keep it."
     known = read_json(path) if path.is_file() else {}
@@ -193,25 +201,31 @@ def _kept(path: Path, fingerprint: str, make: Callable[[], dict]) -> dict:
 def _score(weights: Path, folder: Path, **more: object) -> dict[str, float | None]:
     return held_out_scores(weights, out=folder, **more)
 
-# %% ../../nbs/50e_ablation.ipynb #c029
+# %% ../../nbs/50e_ablation.ipynb #c031
 def ablation_rows(
     ablation: dict,  # what ablation.json holds
     measure: str = "",  # which score; the last one, that of the target, when absent
-) -> pd.DataFrame:  # rung, frames, labels, labels that are right, mean, lowest, highest over the seeds, gain over teacher, adds
+) -> pd.DataFrame:  # rung, frames, labels, share of right ones, mean, low, high over seeds, what it adds, gain over teacher, its interval
     "Average over seeds, and see what each rung adds to the one before."
     measure = measure or (list(ablation["teacher"])[-1] if ablation else "")
     start = ablation["teacher"][measure] if ablation else float("nan")
-    rows = [dict(rung="teacher", frames=0, labels=0, precision=None, mean=start, low=start, high=start, seeds=0)]
+    rows = [dict(rung="teacher", frames=0, labels=0, precision=None, mean=start, low=start, high=start, seeds=0, sure_low=None, sure_high=None)]
     for name in dict.fromkeys(r["rung"] for r in ablation.get("rows", ())):
         mine = [r for r in ablation["rows"] if r["rung"] == name]
         values = np.array([r["scores"].get(measure) for r in mine], float)
         ends = (np.nan,) * 3 if np.isnan(values).all() else (np.nanmean(values), np.nanmin(values), np.nanmax(values))
         rows.append(dict(rung=name, frames=mine[0]["frames"], labels=mine[0]["labels"], precision=mine[0]["precision"],
-                         **dict(zip(("mean", "low", "high"), ends, strict=True)), seeds=int(np.isfinite(values).sum())))
-    table = pd.DataFrame(rows).astype({k: float for k in ("precision", "mean", "low", "high")})
-    return table.assign(gain=table["mean"] - start, adds=table["mean"].diff())
+                         **dict(zip(("mean", "low", "high"), ends, strict=True)), seeds=int(np.isfinite(values).sum()), **_widest(mine)))
+    table = pd.DataFrame(rows).astype({k: float for k in ("precision", "mean", "low", "high", "sure_low", "sure_high")})
+    table = table.assign(gain=table["mean"] - start, adds=table["mean"].diff())
+    return table[["rung", "frames", "labels", "precision", "seeds", "mean", "low", "high", "adds", "gain", "sure_low", "sure_high"]]
 
-# %% ../../nbs/50e_ablation.ipynb #c032
+
+def _widest(rows: list[dict]) -> dict[str, float | None]:
+    gains = [r["gain"] for r in rows if r.get("gain") and r["gain"]["low"] is not None]
+    return dict(sure_low=min((g["low"] for g in gains), default=None), sure_high=max((g["high"] for g in gains), default=None))
+
+# %% ../../nbs/50e_ablation.ipynb #c034
 def ablation_verdict(
     ablation: dict,  # what ablation.json holds; empty where none was run
 ) -> str:
@@ -222,7 +236,13 @@ def ablation_verdict(
     told = [f"'{r.rung.removeprefix('+ ')}' {r.adds:+.3f}{'' if abs(r.adds) > noise else ' (within the seeds)'}" for r in table[1:].itertuples()]
     best = table.loc[table["mean"].idxmax()]
     return (f"Of {len(table) - 1} ways to filter, '{best.rung}' ends highest, at {best['mean']:.3f} against the teacher's "
-            f"{table['mean'][0]:.3f}. Each adds to the one before: {'; '.join(told)}. Seeds differ by up to {noise:.3f}.")
+            f"{table['mean'][0]:.3f}{_surely(best)}. Each adds to the one before: {'; '.join(told)}. Seeds differ by up to {noise:.3f}.")
+
+
+def _surely(row: pd.Series) -> str:
+    if not np.isfinite(row.sure_low): return ""
+    clear = "clear of" if row.sure_low > 0 or row.sure_high < 0 else "which includes"
+    return f" (a gain with an interval from {row.sure_low:+.3f} to {row.sure_high:+.3f}, {clear} 0)"
 
 
 def fig_ablation(
