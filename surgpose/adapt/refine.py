@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .gate import gate_rows, gate_verdict, held_out_scores
 from .pseudo import Candidates, body_area, counts, frame_states, poses_of
-from .review import Key, apply_decisions, read_decisions, standing
+from .review import Key, apply_decisions, place_decisions, read_decisions, standing
 from ..config import EvaluateConfig, RefineConfig, TrainConfig
 from ..data.coco import new_coco, read_coco, split_coco, write_coco
 from ..data.video import iter_source
@@ -36,6 +36,7 @@ def person_words(
     decisions: dict[Key, dict],  # what `standing` made of decisions.jsonl
 ) -> dict[tuple[int, int], str]:  # frame, track -> accept, fix or reject
     "Find the poses on which a person's word took effect."
+    decisions = place_decisions(found, decisions)
     after, names = apply_decisions(found, decisions), {f.index: f.file_name for f in found.frames}
     def facts(c: Candidates) -> dict:
         rows = c.table[c.table.track >= 0].itertuples()
