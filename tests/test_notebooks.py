@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from surgpose.files import read_json
 from surgpose.report import report_names, run_report
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
 TOURS = sorted((ROOT / "nbs" / "tour").glob("*.ipynb"))
@@ -70,3 +72,22 @@ def test_report_on_its_defaults(name, tmp_path):
     pictures = re.findall(r"<img\b[^>]*>", html)
     unnamed = [p[-80:] for p in pictures if not re.search(r'alt="[^"]{8,}"', p)]
     assert not unnamed, f"{len(unnamed)} pictures without a text for those who cannot see them"
+    if CHROMIUM:
+        assert complaints(page) == []
+
+
+def complaints(page: Path) -> list[str]:
+    "What a browser of 1280 px has to say about a page: errors, requests, width, pictures that do not show."
+    sync_api, said = pytest.importorskip("playwright.sync_api"), []
+    own = ("data:", page.as_uri())
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        tab = browser.new_page(viewport=dict(width=1280, height=800))
+        tab.on("console", lambda m: said.append(m.text))
+        tab.on("pageerror", lambda e: said.append(str(e)))
+        tab.on("request", lambda r: None if r.url.startswith(own) else said.append(r.url))
+        tab.goto(page.as_uri())
+        wide = tab.evaluate("document.documentElement.scrollWidth")
+        dark = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+        browser.close()
+    return said + [f"{wide} px wide"] * (wide > 1280) + [f"{dark} pictures do not show"] * (dark > 0)

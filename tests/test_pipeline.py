@@ -158,6 +158,32 @@ def test_a_run_killed_five_times_ends_in_the_same_numbers_and_repeats_nothing(tm
     assert not list(torn.out.rglob("*.tmp*"))
 
 
+def answers(out: Path) -> dict:
+    "What a run has found, without how long anything took."
+    phases = read_json(out / "run.json")["phases"]
+    numbers = {n: p["numbers"] for n, p in phases.items() if not n[0].isdigit()}
+    return dict(numbers=numbers, compared=read_json(out / "compare.json")["sets"])
+
+
+@pytest.mark.skipif(not os.environ.get("SURGPOSE_SLOW"), reason="half an hour long; SURGPOSE_SLOW=1 runs it")
+def test_the_demo_killed_five_times_ends_in_the_same_numbers(tmp_path):
+    program = [Path(sys.executable).with_name("surgpose"), "run", "--device", "cpu", "--out"]
+    begun = time.monotonic()
+    subprocess.run([*program, tmp_path / "whole"], stderr=subprocess.DEVNULL, check=True)
+    took, chance, torn = time.monotonic() - begun, random.Random(5), tmp_path / "torn"
+    for _ in range(5):
+        process = subprocess.Popen([*program, torn], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.05, 0.25) * took)
+        process.kill()
+        process.wait()
+    phases = read_json(torn / "run.json")["phases"]
+    had = [n for n, p in phases.items() if p["status"] in ("ok", "fresh")]
+    done = subprocess.run([*program, torn], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not [n for n in had if f"\n{n}: started" in f"\n{done.stderr}"], "what had finished is left alone"
+    assert answers(torn) == answers(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_told_to_stop_writes_record_and_index(tmp_path, number, code):
     run = ToyRun(tmp_path, steps=2000)
