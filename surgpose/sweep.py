@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .config import RunConfig, override
+from .config import MAX_CONFIG_BYTES, RunConfig, override
 from .engine import Job, Phase, fingerprint
 from .files import atomic_write, lock_folder, read_json, utc_now, versions, write_json
 from .page import fill_page
@@ -51,6 +51,8 @@ def read_matrix(
 ) -> list[Cell]:  # every combination, the first setting changing slowest
     "Read which runs are wanted, and check every one of their configs."
     path = Path(path)
+    if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected a matrix of at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}")
     try: axes = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e: raise ValueError(f"{path}: expected YAML: {e}") from None
     good = isinstance(axes, dict) and axes and all(isinstance(v, list) and v for v in axes.values())
