@@ -59,6 +59,7 @@ TINY_RUN = [
     "pseudo.det_conf=0",
     "pseudo.kp_conf=0",
     "pseudo.min_kps=1",
+    "pseudo.max_misfit=1000",
     "track.min_length=1",
     "track.max_jump=1000",
     "track.class_share=0",
