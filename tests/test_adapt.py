@@ -171,7 +171,7 @@ def test_a_review_survives_its_window_and_its_process(found, video, tmp_path):
     view.reject.click()
     view.undo.click()
     view = ReviewView(ReviewState(items, path), view.images)  # another session
-    assert view.state.counts() == dict(accept=1, reject=0, fix=0, open=len(items) - 1)
+    assert view.state.counts() == dict(accept=1, reject=0, fix=0, absent=0, open=len(items) - 1)
     assert view.position == 1 and view.bar.value == 1
     view.undo.click()
     assert view.state.progress == 0 and path.read_text().count("\n") == 4  # nothing is ever erased

@@ -26,7 +26,7 @@ __all__ = ['Key', 'VERDICTS', 'PAUSE_S', 'key_of', 'standing', 'read_decisions',
 
 # %% ../../nbs/42b_decisions.ipynb #c005
 Key = tuple[str, int, int]  # video, frame number, track
-VERDICTS = ("accept", "reject", "fix", "open")
+VERDICTS = ("accept", "reject", "fix", "absent", "open")
 
 
 def key_of(

@@ -76,8 +76,12 @@ class ReviewState:
         sure: Sequence[ReviewItem] = (),  # poses that nobody need look at; a word on their whole track reaches them
         who: str = "",  # who decides; wanted where two people's files are to be merged
     ) -> None:
-        self.items, self.path, self.sure, self.who = list(items), Path(path), list(sure), who
+        asked = {item.key for item in items}
+        self.items, self.path, self.who = list(items), Path(path), who
+        self.sure = [item for item in sure if item.key not in asked]
         self.lines, self._places = read_decisions(self.path), {item.key: item.xywh_px for item in (*sure, *items)}
+        self._tracks: dict[tuple[str, int], list[ReviewItem]] = {}
+        for item in (*self.items, *self.sure): self._tracks.setdefault((item.video, item.track), []).append(item)
         self._settled: tuple[int, dict[Key, dict]] = (-1, {})
         _mend(self.path)
 
@@ -91,12 +95,16 @@ class ReviewState:
         return dict(self._settled[1])
 
     def verdict(self, i: int) -> str:
-        "What stands on item `i`: accept, reject, fix, or open."
+        "What stands on item `i`: accept, reject, fix, absent, or open."
         return self.decisions.get(self.items[i].key, {}).get("verdict", "open")
 
     def pose(self, i: int) -> tuple[np.ndarray, int]:
         "Item `i` as it stands: keypoints (5, 3) with COCO's visibility, and the class."
         return self.stands(self._item(i))
+
+    def mates(self, item: ReviewItem) -> list[ReviewItem]:
+        "All known poses of an item's track, sure ones too, itself among them."
+        return self._tracks[item.video, item.track]
 
     def stands(self, item: ReviewItem) -> tuple[np.ndarray, int]:
         "Any pose as it stands, also one that nobody need look at."
@@ -112,6 +120,10 @@ class ReviewState:
     def reject(self, i: int) -> None:
         "Keep item `i`, and its frame, out."
         self._append(self._line(self._item(i), "reject"))
+
+    def absent(self, i: int) -> None:
+        "Say that no tool is there: item `i` goes, and its frame may be used without it."
+        self._append(self._line(self._item(i), "absent"))
 
     def fix(self, i: int, keypoints: np.ndarray, category_id: int | None = None) -> None:
         "Make item `i` a label with these keypoints, (5, 3) with COCO's visibility, and perhaps another class."
@@ -144,8 +156,8 @@ class ReviewState:
         "Say what stands on item `i` of all its track that is undecided; tells of how many poses."
         decided, item = self.decisions, self._item(i)
         said = decided.get(item.key)
-        near = [(other, is_sure) for pool, is_sure in ((self.items, False), (self.sure, True)) for other in pool
-                if other.key[::2] == item.key[::2] and other.key not in decided]
+        asked = {other.key for other in self.items}
+        near = [(other, other.key not in asked) for other in self.mates(item) if other.key not in decided]
         lines = [self._like(said, other, is_sure) for other, is_sure in near] if said else []
         self._append(*lines, batch=os.urandom(4).hex())
         return sum(line is not None for line in lines)
@@ -175,7 +187,7 @@ class ReviewState:
                 and track in (None, item.track)]
 
     def counts(self) -> dict[str, int]:
-        "How many items are accepted, rejected, fixed and open."
+        "How many items are accepted, rejected, fixed, absent and open."
         decided, tally = self.decisions, Counter()
         for item in self.items: tally[decided.get(item.key, {}).get("verdict", "open")] += 1
         return {name: tally[name] for name in VERDICTS}
@@ -243,6 +255,7 @@ def place_decisions(
     free, stale = int(found.table.track.max()) + 1 if len(found.table) else 0, 0
     for said in lost:
         here = frames.get(said["frame"])
+        if said["verdict"] == "absent": continue  # nothing is there now either
         if not here or here.file_name != said["video"] or said["verdict"] == "reject" or not said.get("keypoints"): stale += 1
         elif key_of(said) not in places: placed[key_of(said)] = said
         else: placed[said["video"], said["frame"], free], free = said, free + 1
@@ -257,16 +270,17 @@ def apply_decisions(
     "Overlay candidates with what was decided."
     if not isinstance(decisions, dict): decisions = standing(read_decisions(decisions)) if decisions else {}
     frames, rows = {f.index: f for f in found.frames}, found.table.to_dict("records")
-    left = place_decisions(found, decisions)
+    left, gone = place_decisions(found, decisions), []
     for row in rows:
         frame = frames[row["frame"]]
         said = left.pop((frame.file_name, row["frame"], row["track"]), None) if row["track"] >= 0 else None
-        if said: row.update(_decided(row, said, frame))
+        if said and said["verdict"] == "absent": gone.append(row)
+        elif said: row.update(_decided(row, said, frame))
     for (_, index, track), said in left.items():  # the teacher sees nothing there now
         row = dict.fromkeys(found.table.columns) | dict(frame=index, t_s=frames[index].t_s, track=track, score=1.0, reasons=(),
                                                         category_id=1, keypoints=[0.0] * 15, **dict(zip("xywh", said["bbox"], strict=True)))
         rows.append(row | _decided(row, said, frames[index]))
-    return replace(found, table=make_table(rows))
+    return replace(found, table=make_table([row for row in rows if not any(row is other for other in gone)]))
 
 # %% ../../nbs/42_review.ipynb #c025
 def _decided(row: dict, said: dict, frame: Frame) -> dict:

@@ -41,6 +41,9 @@ class FrameStore:
                 self._jpeg[frame.index] = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
             if len(self._jpeg) == len(wanted): break
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._jpeg
+
     def __call__(self, number: int) -> np.ndarray:
         "Give one frame, (H, W, 3) BGR; grey where it could not be read."
         if number not in self._jpeg: return np.full((240, 320, 3), 128, np.uint8)
@@ -77,7 +80,7 @@ def neighbours(
     item: ReviewItem,
 ) -> tuple[ReviewItem | None, ReviewItem | None]:  # the nearest pose of its track before, and after
     "Find the same tool in other frames."
-    mates = [other for other in (*state.items, *state.sure) if other.key[::2] == item.key[::2]]
+    mates = state.mates(item)
     before = max((o for o in mates if o.frame < item.frame), key=lambda o: o.frame, default=None)
     after = min((o for o in mates if o.frame > item.frame), key=lambda o: o.frame, default=None)
     return before, after
@@ -91,11 +94,12 @@ def frames_to_show(
     return {o.frame for o in near}
 
 # %% ../../nbs/43_widget.ipynb #c020
-KEYS = {"a": "accept", "Enter": "accept", "r": "reject", "n": "skip", " ": "skip", "b": "back", "z": "undo",
+KEYS = {"a": "accept", "Enter": "accept", "r": "reject", "x": "absent", "n": "skip", " ": "skip", "b": "back", "z": "undo",
         "Z": "redo", "v": "see", "s": "swap", "c": "kind", "t": "track", "g": "peek", "f": "zoom", "h": "explain"}
 BUTTONS = dict(
     accept=("Accept", "success", "a", "the pose is right, or was corrected: make it a label"),
-    reject=("Reject", "danger", "r", "the pose is wrong: leave its frame out"),
+    reject=("Reject", "danger", "r", "a tool is there, but the pose is wrong: leave its frame out"),
+    absent=("No tool", "warning", "x", "nothing is there: forget the pose, keep the frame"),
     skip=("Skip", "", "n", "decide later"), back=("Back", "", "b", "the item before"),
     undo=("Undo", "", "z", "take the last decision back"), redo=("Redo", "", "Z", "repeat what was undone"),
     see=("Seen/hidden", "", "v", "the chosen point is seen, hidden, or has no label"),
@@ -166,7 +170,7 @@ class ReviewView:
             button.on_click(lambda _, name=name: self.press(name))
             setattr(self, name, button)
         names = list(buttons)
-        self.rows = [w.HBox([buttons[n] for n in part]) for part in (names[:6], names[6:])]
+        self.rows = [w.HBox([buttons[n] for n in part]) for part in (names[:7], names[7:])]
         for box in (self.reason, self.category, self.of_track): box.observe(lambda _: self.move(0), "value")
         for box in (self.close, self.ghost): box.observe(lambda _: self.show(self.position), "value")
         self.canvas.on_msg(lambda _, message, buffers: self.heed(message))
@@ -191,9 +195,9 @@ class ReviewView:
         elif done: return
         elif name == "skip": self.move(i + 1)
         elif name == "track": self._spread()
-        elif name in ("accept", "reject"):
+        elif name in ("accept", "reject", "absent"):
             try:
-                if name == "reject" or state.verdict(i) != "fix": getattr(state, name)(i)
+                if name != "accept" or state.verdict(i) != "fix": getattr(state, name)(i)
                 self.move(i + 1)
             except ValueError as e: self._say(str(e))
         elif name == "see":
@@ -253,10 +257,11 @@ class ReviewView:
             return self.canvas.show(make_scene(i, np.zeros((len(KEYPOINTS), 3)), 1, (3, 2)), b"")
         item, (kpts, kind) = self.state.items[i], self.state.pose(i)
         near = neighbours(self.state, item)[self.ghost.value] if self.ghost.value >= 0 else None
+        seen_near = near and (not hasattr(self.images, "__contains__") or near.frame in self.images)
         size = self.images(item.frame).shape[1::-1]
         scene = make_scene(i, kpts, kind, size, focus_px=surroundings(item) if self.close.value else None,
                            ghost_kpts=self.state.stands(near)[0] if near else None)
-        self.canvas.show(scene, self._jpeg(item.frame), self._jpeg(near.frame) if near else b"")
+        self.canvas.show(scene, self._jpeg(item.frame), self._jpeg(near.frame) if seen_near else b"")
 
     def _jpeg(self, number: int) -> bytes:
         if number not in self._jpegs:
