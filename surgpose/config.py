@@ -90,6 +90,8 @@ class PseudoConfig(Section):
     oks_nms: float = Field(0.85, ge=0, le=1, description="of two poses that agree more than this, the weaker goes")
     doubt_conf: float = Field(0.25, ge=0, le=1, description="a detection between this and det_conf makes its frame doubtful")
     min_tools: int = Field(1, ge=1, description="tools the footage is known to show in every frame; a frame with fewer labels is left out")
+    min_change: float = Field(0.0, ge=0, le=1, description="frames that differ less from an earlier one, in brightness of their most different blocks, are not learned from; .015 leaves out copies, 0 takes all")
+    min_sharpness: float = Field(0.0, ge=0, le=1, description="frames with less detail, as a share of the clip's median, are not learned from; .3 leaves out blur, 0 takes all")
     max_misfit: float = Field(0.06, gt=0, description="how far a keypoint may lie from the best view of the parametric tool, as a share of the box's diagonal; 1 for tools of another build")
     augment: tuple[Literal["flip", "scale", "turn"], ...] = Field((), description="look again at every frame mirrored, at two more scales, turned by quarters; 1, 2 and 3 more passes of the network")
     max_spread: float = Field(0.05, gt=0, description="how far other views may move a keypoint, root mean square as a share of the box's diagonal")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def propose_labels(
 ) -> dict:  # the counts
     "Predict a video, judge every pose, and collect the frames that may be trained on."
     from surgpose.adapt.augment import second_look
+    from surgpose.adapt.frames import find_spare
     from surgpose.adapt.paths import paths_table, write_paths
     from surgpose.adapt.pseudo import candidates, counts, write_candidates
     from surgpose.adapt.refine import pseudo_dataset
@@ -100,7 +102,7 @@ def propose_labels(
     predict(video, out / "all", wide, weights=weights, device=device)
     seen, evidence = second_look(video, read_predictions(out / "all"), out / "all" / "augmented.jsonl", pseudo,
                                  weights=weights, base=wide, device=device)
-    found = follow(candidates(seen, pseudo, evidence=evidence), track)
+    found = replace(follow(candidates(seen, pseudo, evidence=evidence), track), spare=find_spare(video, pseudo))
     write_candidates(out / "candidates.json", found)
     pseudo_dataset(video, found, out / "decisions.jsonl", out / "dataset")
     decided = apply_decisions(found, out / "decisions.jsonl")

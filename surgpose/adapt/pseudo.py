@@ -140,6 +140,7 @@ class Candidates:
     frames: tuple[Frame, ...]  # every sampled frame, also those where nothing was found
     table: pd.DataFrame  # one row per detection, with `COLUMNS`
     min_tools: int = 1  # labels a frame needs
+    spare: tuple[int, ...] = ()  # frames that need not be learned from: `adapt.frames`
 
 # %% ../../nbs/40_pseudo.ipynb #c028
 def make_table(
@@ -225,12 +226,13 @@ def is_settled(
 # %% ../../nbs/40_pseudo.ipynb #c040
 def frame_states(
     found: Candidates,
-) -> dict[int, str]:  # frame number -> "kept", "doubtful" or "empty", in the order of the frames
+) -> dict[int, str]:  # frame number -> "kept", "spare", "doubtful" or "empty", in the order of the frames
     "Decide which frames may be trained on."
     rows = found.table.assign(settled=is_settled(found.table)).groupby("frame")
     sound = (rows.settled.all() & (rows.kept.sum() >= found.min_tools)).to_dict()
     fate = {None: "empty", True: "kept", False: "doubtful"}
-    return {f.index: fate[sound.get(f.index)] for f in found.frames}
+    states = {f.index: fate[sound.get(f.index)] for f in found.frames}
+    return {i: "spare" if state == "kept" and i in found.spare else state for i, state in states.items()}
 
 # %% ../../nbs/40_pseudo.ipynb #c044
 def counts(
@@ -244,7 +246,7 @@ def counts(
     for stage, names in FILTERS.items():
         barred |= set(names)
         out[stage] = sum(barred.isdisjoint(r) for r in reasons)
-    for state, name in (("kept", "kept"), ("doubtful", "left_out"), ("empty", "empty")):
+    for state, name in (("kept", "kept"), ("doubtful", "left_out"), ("empty", "empty"), ("spare", "spare")):
         out[f"frames_{name}"] = sum(s == state for s in states.values())
     labels = int(found.table.kept[found.table.frame.map(states) == "kept"].sum())
     return dict(out, labels=labels, reasons={name: why[name] for name in REASONS if why[name]})
@@ -256,7 +258,7 @@ def fig_counts(
     "Plot detections after each filter, frames by fate, and doubts by name."
     fig, axes = new_figure(1, 3, width_in=10, height_in=3)
     stages = {name.removeprefix("after_"): counted[name] for name in FILTERS}
-    fates = {name: counted[f"frames_{name}"] for name in ("kept", "left_out", "empty")}
+    fates = {name: counted.get(f"frames_{name}", 0) for name in ("kept", "left_out", "empty", "spare")}
     panels = (("detections after each filter", stages, CYCLE[0]),
               (f"frames (n = {counted['frames']})", fates, CYCLE[2]),
               ("doubts", counted["reasons"], CYCLE[1]))
@@ -288,8 +290,8 @@ def write_candidates(
 ) -> Path:  # `path`
     "Write candidates, whole or not at all."
     rows = [{k: None if v is None or v != v else v for k, v in row.items()} for row in found.table.to_dict("records")]
-    frames = [asdict(f) for f in found.frames]
-    return write_json(path, dict(frames=frames, rows=rows, min_tools=found.min_tools), indent=None)
+    return write_json(path, dict(frames=[asdict(f) for f in found.frames], rows=rows, min_tools=found.min_tools,
+                                 spare=found.spare), indent=None)
 
 # %% ../../nbs/40_pseudo.ipynb #c055
 def read_candidates(
@@ -302,6 +304,6 @@ def read_candidates(
         unknown = {name for r in rows for name in r["reasons"]} - REASONS.keys()
         if unknown: raise KeyError(f"reason {min(unknown)!r}")
         frames = tuple(Frame(**f) for f in data["frames"])
-        return Candidates(frames, make_table(rows), int(data["min_tools"]))
+        return Candidates(frames, make_table(rows), int(data["min_tools"]), tuple(data.get("spare", ())))
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: expected what write_candidates leaves, got {e!r}; make it again") from None

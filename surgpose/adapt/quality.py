@@ -117,7 +117,7 @@ def fig_quality(
     chosen: float | None = None,  # the threshold in use
 ) -> Figure:
     "Plot precision and recall of the labels over the threshold."
-    fig, axes = new_figure(1, 2, width_in=9, height_in=3.2, sharey=True)
+    fig, axes = new_figure(1, 2, width_in=9, height_in=3.2, sharex=True, sharey=True)
     for ax, name in zip(axes, ("precision", "recall"), strict=True):
         for rule, ink in zip(RULES, CYCLE, strict=False):
             rows = curve[curve.rule == rule]
