@@ -22,7 +22,7 @@ from ..schema import CLASSES
 
 # %% auto #0
 __all__ = ['Key', 'VERDICTS', 'PAUSE_S', 'key_of', 'standing', 'read_decisions', 'settle', 'undo_stacks', 'taken_back',
-           'seconds_per_item', 'merge_lines', 'disagreements', 'merge_decisions']
+           'seconds_per_item', 'reviewers', 'merge_lines', 'disagreements', 'merge_decisions']
 
 # %% ../../nbs/42b_decisions.ipynb #c005
 Key = tuple[str, int, int]  # video, frame number, track
@@ -142,7 +142,20 @@ def seconds_per_item(
     active = np.diff(times).clip(0, PAUSE_S).sum()
     return float(active / (items - 1)) if items > 3 else None
 
-# %% ../../nbs/42b_decisions.ipynb #c028
+# %% ../../nbs/42b_decisions.ipynb #c027
+def reviewers(
+    lines: Sequence[dict],  # of decisions.jsonl
+) -> pd.DataFrame:  # one row per person: who, poses decided, lines written, and seconds a pose took (NaN when few)
+    "Tell who decided how much, and how fast."
+    people = dict.fromkeys(line.get("who", "") for line in lines if line["by"] == "person")
+    rows = []
+    for who in people:
+        own = [line for line in lines if line["by"] == "person" and line.get("who", "") == who]
+        pace = seconds_per_item(own)
+        rows.append(dict(who=who or "nobody named", poses=len(standing(own)), lines=len(own), seconds=np.nan if pace is None else pace))
+    return pd.DataFrame(rows, columns=["who", "poses", "lines", "seconds"])
+
+# %% ../../nbs/42b_decisions.ipynb #c031
 def merge_lines(
     files: Sequence[tuple[str, Sequence[dict]]],  # a name, and the lines in that person's file
 ) -> list[dict]:  # oldest first; each file's own order is kept
@@ -159,7 +172,7 @@ def merge_lines(
         seen += Counter((json.dumps(x | dict(who=""), sort_keys=True), who) for x in part for who in {x["who"], ""})
     return list(heapq.merge(*parts, key=lambda line: line.get("at", "")))
 
-# %% ../../nbs/42b_decisions.ipynb #c031
+# %% ../../nbs/42b_decisions.ipynb #c034
 def disagreements(
     lines: Sequence[dict],  # of decisions.jsonl, oldest first
     far_px: float = 5.0,  # corrected points nearer than this are the same
@@ -176,7 +189,7 @@ def disagreements(
                              **{who or "nobody": x["verdict"] for who, x in said.items()}))
     return pd.DataFrame(rows, columns=["video", "frame", "track", "apart_px", *(who or "nobody" for who in people)])
 
-# %% ../../nbs/42b_decisions.ipynb #c032
+# %% ../../nbs/42b_decisions.ipynb #c035
 def _apart(said: Sequence[dict]) -> float:
     fixes = [check_fix(x["keypoints"]) for x in said if x["verdict"] == "fix"]
     if len(fixes) < 2: return 0.0
@@ -184,7 +197,7 @@ def _apart(said: Sequence[dict]) -> float:
     gaps = [np.linalg.norm(f[both, :2] - fixes[0][both, :2], axis=1).max(initial=0.0) for f in fixes]
     return float(np.inf if len({tuple(f[:, 2] > 0) for f in fixes}) > 1 else max(gaps))
 
-# %% ../../nbs/42b_decisions.ipynb #c035
+# %% ../../nbs/42b_decisions.ipynb #c038
 def merge_decisions(
     paths: Sequence[Path | str],  # two or more decisions.jsonl, one per person
     out: Path | str,  # the merged file; may be one of them
