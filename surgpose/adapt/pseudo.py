@@ -184,19 +184,22 @@ def candidates(
         raise ValueError(f"candidates: expected one video's frames in order of time, got {order[:5]}...")
     rows = [row for (frame, poses), said in zip(predictions, evidence or [None] * len(frames), strict=True)
             for row in _judge_frame(frame, poses, said, cfg)]
-    return Candidates(frames, _doubt_views(_doubt_geometry(make_table(rows), frames, cfg), cfg), cfg.min_tools)
+    return Candidates(frames, _doubt_views(_doubt_geometry(_doubt_duplicates(make_table(rows), cfg), frames, cfg), cfg), cfg.min_tools)
 
 
 def _judge_frame(frame: Frame, poses: Poses, said: Evidence | None, cfg: PseudoConfig) -> list[dict]:
     known = [i for i, p in enumerate(poses) if p.score >= cfg.doubt_conf and len(clean_poses(p, cfg.kp_conf, frame=frame))]
-    poses, rows = clean_poses(poses[known], cfg.kp_conf, frame=frame), []
-    found = doubts(poses, cfg)
-    single = oks_nms(poses, cfg.oks_nms, rank=poses.score + [not d for d in found])
-    for i, r, why, alone in zip(known, poses.to_rows(), found, single, strict=True):
-        why += ("duplicate",) * (not alone)
-        rows.append(dict(r, frame=frame.index, t_s=frame.t_s, track=-1, kept=not why, reasons=why,
-                         **dict(zip("xywh", r["bbox"], strict=True)), **(said.row(i) if said else {})))
-    return rows
+    poses = clean_poses(poses[known], cfg.kp_conf, frame=frame)
+    return [dict(r, frame=frame.index, t_s=frame.t_s, track=-1, kept=not why, reasons=why,
+                 **dict(zip("xywh", r["bbox"], strict=True)), **(said.row(i) if said else {}))
+            for i, r, why in zip(known, poses.to_rows(), doubts(poses, cfg), strict=True)]
+
+
+def _doubt_duplicates(table: pd.DataFrame, cfg: PseudoConfig) -> pd.DataFrame:
+    from surgpose.adapt.suppress import oks_nms_frames
+    rank = table.score.to_numpy() + [not names for names in table.reasons]
+    return add_reason(table, "duplicate", ~oks_nms_frames(poses_of(table), table.frame.to_numpy(), cfg.oks_nms, rank=rank))
+
 
 def _doubt_geometry(table: pd.DataFrame, frames: tuple[Frame, ...], cfg: PseudoConfig) -> pd.DataFrame:
     from surgpose.adapt.fit import misfits
