@@ -53,25 +53,25 @@ class TrainConfig(Section):
     workers: int = Field(2, ge=0, description="data loading processes beside a GPU; a CPU loads in the training's own process")
     max_broken: float = Field(0.01, ge=0, lt=1, description="share of images that may be damaged and are left out; with more the training is refused")
 
-# %% ../nbs/01_config.ipynb #c008
+# %% ../nbs/01_config.ipynb #c009
 class EvaluateConfig(Section):
     "How predictions are scored."
     imgsz: int | None = Field(None, description="image size in px; the training size when absent")
     conf: float = Field(0.001, ge=0, le=1, description="lowest detection score that counts; COCO's AP wants all of them")
-    iou: float = Field(0.7, ge=0, le=1, description="box IoU of the detector's own NMS")
+    iou: float = Field(0.5, ge=0, le=1, description="box IoU of the detector's own NMS")
     max_det: int = Field(20, ge=1, description="most detections per image; pycocotools' limit for keypoints")
     bootstrap: int = Field(200, ge=0, description="resamples of the images behind every 95 % interval")
-    threshold: float = Field(0.25, ge=0, le=1, description="score from which detections are shown: for confusion, false detections and tips")
+    threshold: float = Field(0.3, ge=0, le=1, description="score from which detections are shown: for confusion, false detections and tips")
     resize: tuple[int, int] | None = Field(None, description="width and height in px that images are brought to first, if they are stored squeezed")
     sizes: tuple[int, ...] = Field((), description="image sizes in px to measure at as well, one row each")
     worst: int = Field(0, ge=0, description="draw this many of the worst images into worst.jpg")
 
-# %% ../nbs/01_config.ipynb #c009
+# %% ../nbs/01_config.ipynb #c010
 class PredictConfig(Section):
     "How images and video are predicted."
     imgsz: int | None = Field(None, description="image size in px; the training size when absent")
-    conf: float = Field(0.25, ge=0, le=1, description="lowest detection score written")
-    iou: float = Field(0.7, ge=0, le=1, description="box IoU of the detector's own NMS")
+    conf: float = Field(0.3, ge=0, le=1, description="lowest detection score written")
+    iou: float = Field(0.5, ge=0, le=1, description="box IoU of the detector's own NMS")
     max_det: int = Field(20, ge=1, description="most detections per frame")
     stride: int = Field(1, ge=1, description="take every n-th frame")
     frames: int | None = Field(None, ge=1, description="stop after so many frames; the source's end when absent")
@@ -80,7 +80,7 @@ class PredictConfig(Section):
     checkpoint: int = Field(500, ge=1, description="frames after which what was found is kept, so that a killed run continues there")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", description="what runs the network; auto takes OpenVINO where there is no GPU")
 
-# %% ../nbs/01_config.ipynb #c011
+# %% ../nbs/01_config.ipynb #c012
 class PseudoConfig(Section):
     "Which predictions on unlabelled video may become labels."
     stride: int = Field(2, ge=1, description="take every n-th frame of the video")
@@ -99,7 +99,7 @@ class PseudoConfig(Section):
     min_support: float = Field(0.5, ge=0, le=1, description="share of the other views that must show a tool")
     focal: float = Field(1.0, gt=0, description="focal length of the video's camera as a share of the picture's longer side; a guess will do")
 
-# %% ../nbs/01_config.ipynb #c012
+# %% ../nbs/01_config.ipynb #c013
 class TrackConfig(Section):
     "How poses are linked over time, and which tracks are trusted."
     min_length: int = Field(3, ge=1, description="fewest frames of a trusted track")
@@ -109,7 +109,7 @@ class TrackConfig(Section):
     class_share: float = Field(0.75, ge=0, le=1, description="share of a track's scores its class needs; with less the whole track is doubtful")
     max_jump: float = Field(0.25, gt=0, description="how far a keypoint may lie from where its track says, as a share of the box's diagonal")
 
-# %% ../nbs/01_config.ipynb #c013
+# %% ../nbs/01_config.ipynb #c014
 class RefineConfig(Section):
     "How a trained network is adapted with pseudo-labels."
     epochs: int = Field(25, ge=1, description="passes over the combined data")
@@ -124,13 +124,13 @@ class RefineConfig(Section):
     rounds: int = Field(1, ge=1, description="most rounds of proposing labels and learning from them; one that is thrown away is the last")
     teacher_ema: float = Field(0.0, ge=0, lt=1, description="share of the old weights in the next round's teacher; 0 takes the student as it is")
 
-# %% ../nbs/01_config.ipynb #c015
+# %% ../nbs/01_config.ipynb #c016
 class ReportConfig(Section):
     "How reports are made."
     embed_frames: bool = Field(True, description="show frames of the user's video; off for footage of patients")
     timeout_s: float = Field(3600.0, gt=0, description="seconds one notebook cell may take")
 
-# %% ../nbs/01_config.ipynb #c016
+# %% ../nbs/01_config.ipynb #c017
 class RunConfig(Section):
     "Everything a run depends on, but the video."
     profile: str = Field("demo", description="name of the profile this started from")
@@ -146,7 +146,7 @@ class RunConfig(Section):
     refine: RefineConfig = RefineConfig()
     report: ReportConfig = ReportConfig()
 
-# %% ../nbs/01_config.ipynb #c018
+# %% ../nbs/01_config.ipynb #c019
 PROFILES: dict[str, dict] = {
     "demo": dict(
         render=dict(images=80),
@@ -168,7 +168,7 @@ PROFILES: dict[str, dict] = {
     ),
 }
 
-# %% ../nbs/01_config.ipynb #c019
+# %% ../nbs/01_config.ipynb #c020
 def profile(
     name: str = "demo",  # one of `PROFILES`
 ) -> RunConfig:
@@ -179,14 +179,14 @@ def profile(
         raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, got {name!r}{hint}")
     return RunConfig(profile=name, **PROFILES[name])
 
-# %% ../nbs/01_config.ipynb #c023
+# %% ../nbs/01_config.ipynb #c024
 def config_yaml(
     cfg: Section,  # any phase's config, or the whole run's
 ) -> str:  # YAML text that `load_config` reads back
     "Write a config as YAML."
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/01_config.ipynb #c024
+# %% ../nbs/01_config.ipynb #c025
 MAX_CONFIG_BYTES = 1_000_000
 
 def load_config(
@@ -201,14 +201,14 @@ def load_config(
     if not isinstance(data, dict): raise ValueError(f"{path}: expected a mapping of config keys, got {type(data).__name__}")
     return _validated(data, str(path))
 
-# %% ../nbs/01_config.ipynb #c025
+# %% ../nbs/01_config.ipynb #c026
 def _validated(data: dict, where: str) -> RunConfig:
     try: return RunConfig.model_validate(data)
     except ValidationError as e:
         lines = [f"{'.'.join(map(str, err['loc'])) or 'config'}: {err['msg'].removeprefix('Value error, ')}" for err in e.errors()]
         raise ValueError(f"{where}: " + "; ".join(lines)) from None
 
-# %% ../nbs/01_config.ipynb #c026
+# %% ../nbs/01_config.ipynb #c027
 def override(
     cfg: RunConfig,
     assignments: list[str],  # like ["train.epochs=3", "render.strategy_mix={studio: 1}"]; values are YAML
@@ -225,7 +225,7 @@ def override(
         node[path[-1]] = yaml.safe_load(value)
     return _validated(data, "override")
 
-# %% ../nbs/01_config.ipynb #c030
+# %% ../nbs/01_config.ipynb #c031
 def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data/
     "Find the checkout."
     starts = [Path.cwd(), Path(__file__).resolve().parent] if "__file__" in globals() else [Path.cwd()]
@@ -234,13 +234,13 @@ def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data
             if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir(): return folder
     raise FileNotFoundError(f"project_root: no settings.ini beside a nbs/ above {Path.cwd()}; work in a clone, installed with `pip install -e .`")
 
-# %% ../nbs/01_config.ipynb #c031
+# %% ../nbs/01_config.ipynb #c032
 def shared_dir() -> Path | None:  # folder with real footage, scanned tools and weights, if there is one
     "Find the optional folder of shared data: `SURGPOSE_SHARED`, or `../shared` beside the checkout."
     folder = Path(os.environ.get("SURGPOSE_SHARED") or project_root().parent / "shared")
     return folder.resolve() if folder.is_dir() else None
 
-# %% ../nbs/01_config.ipynb #c034
+# %% ../nbs/01_config.ipynb #c035
 def from_environment(
     cfg: RunConfig,
     environ: Mapping[str, str] | None = None,  # os.environ when absent
@@ -255,7 +255,7 @@ def from_environment(
     found = {k: p for k, p in inputs.items() if p.exists() and getattr(cfg.render, k) is None}
     return cfg.model_copy(update=dict(render=RenderConfig(**{**cfg.render.model_dump(), **found})))
 
-# %% ../nbs/01_config.ipynb #c035
+# %% ../nbs/01_config.ipynb #c036
 def videos_from_environment(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> list[Path]:  # the clips in PROJ_DATA/vids_test, sorted; empty without PROJ_DATA
@@ -264,7 +264,7 @@ def videos_from_environment(
     if not data: return []
     return sorted(p for p in (Path(data) / "vids_test").glob("*") if p.suffix.lower() in {".mp4", ".mkv", ".avi", ".mov"})
 
-# %% ../nbs/01_config.ipynb #c036
+# %% ../nbs/01_config.ipynb #c037
 def output_root(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> Path:  # PROJ_OUT, or reports/ of the checkout

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..config import PredictConfig
 from ..data.show import new_figure, style
 from ..data.video import video_info
 from ..data.yolo import POINT_SHIFT
@@ -43,8 +44,9 @@ def command_of(
     if way == "surgpose":
         return [f"{programs / 'surgpose'}", "predict", f"{clip}", "--weights", f"{weights}", "--out", f"{out}", "--imgsz",
                 f"{imgsz}", "--device", "cpu"]
-    facts = dict(model=weights, source=clip, imgsz=imgsz, save=True, save_txt=True, save_conf=True, conf=0.25, iou=0.7, max_det=20,
-                 device="cpu", project=out.parent, name=out.name, exist_ok=True)
+    ours = PredictConfig()
+    facts = dict(model=weights, source=clip, imgsz=imgsz, save=True, save_txt=True, save_conf=True, conf=ours.conf, iou=ours.iou,
+                 max_det=ours.max_det, device="cpu", project=out.parent, name=out.name, exist_ok=True)
     return [f"{programs / 'yolo'}", "predict", *(f"{k}={v}" for k, v in facts.items())]
 
 # %% ../../nbs/35_speed.ipynb #c006
