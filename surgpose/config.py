@@ -150,8 +150,8 @@ class RunConfig(Section):
 PROFILES: dict[str, dict] = {
     "demo": dict(
         render=dict(images=80),
-        train=dict(imgsz=416, epochs=12, lr0=5e-4),
-        pseudo=dict(det_conf=0.40, doubt_conf=0.40),
+        train=dict(imgsz=416, epochs=6, lr0=1e-4),
+        pseudo=dict(doubt_conf=0.55),
         refine=dict(epochs=4, lr0=5e-4, min_frames=2),
     ),
     "cpu": dict(
