@@ -5,6 +5,7 @@
 # %% ../nbs/91a_verbs.ipynb #c002
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -191,7 +192,7 @@ class Refine(Verb):
     def run(self) -> Path:
         from surgpose.adapt.refine import refine
         if self.refine.rounds > 1:
-            raise ValueError(f"refine: expected one round, got {self.refine.rounds}; `surgpose run` proposes labels anew for each round")
+            warnings.warn(f"one round, not {self.refine.rounds}; `surgpose run` proposes labels anew for each", stacklevel=2)
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
                       target=self.target, seed=self.seed, device=self.device)
 
