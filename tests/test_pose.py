@@ -310,7 +310,7 @@ def test_poses_are_what_ultralytics_found(run, toy_dataset):
 
     model, image = load_model(run / "weights" / "best.pt"), read_image(toy_dataset / "images" / "000001.jpg")
     raw = model.predict(image, imgsz=96, conf=0.0, max_det=5, device="cpu", verbose=False)[0]
-    cfg = PredictConfig(conf=0.0, max_det=5)
+    cfg = PredictConfig(conf=0.0, max_det=5, iou=0.7)
     (_, _, poses), = predict_frames(model, [(Frame("1.jpg", 128, 128), image)], cfg, device="cpu")
     order = np.argsort(-raw.boxes.conf.numpy(), kind="stable")
     assert len(poses) == 5
