@@ -25,7 +25,8 @@ from surgpose.pose.recipe import dataset_facts, trainer_class, ultralytics_setti
 from surgpose.pose.train import train
 from surgpose.schema import order_jaws
 
-TINY = TrainConfig(imgsz=64, epochs=2, batch=4, weights_init="scratch", warmup_epochs=0, workers=0)
+TINY = TrainConfig(
+    imgsz=64, epochs=2, batch=4, weights_init="scratch", warmup_epochs=0, workers=0, bfloat16=False)
 pytestmark = pytest.mark.filterwarnings("ignore:.*no initial weights")
 
 

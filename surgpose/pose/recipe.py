@@ -146,7 +146,7 @@ def trainer_class(
             if torch.rand(()) < cfg.transpose: batch = transpose_batch(batch)
             # Ultralytics calls this inside the batch's own autocast block, which takes the switch back at its end
             if self.bfloat16: torch.set_autocast_enabled("cpu", True)
-            return {**batch, "img": batch["img"].contiguous(memory_format=torch.channels_last)}
+            return batch
 
         def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             plain = super().build_optimizer(model, *args, **kwargs)
