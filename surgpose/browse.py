@@ -79,8 +79,7 @@ class ToolView(Shown):
         message: dict[str, Any],  # kind, and what the browser tells about it
     ) -> None:
         "Turn or come nearer, as the mouse says."
-        if message["kind"] == "drag": self.orbit = self.orbit.turned(message["dx"], message["dy"])
-        if message["kind"] == "zoom": self.orbit = self.orbit.zoomed(1.25 ** message["steps"], np.array([message["x"], message["y"]], float))
+        self.orbit = self.orbit.steered(message)
         self.show()
 
     def drawn(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -17,10 +17,10 @@ from pydantic import Field, ValidationError
 from .render_settings import RenderConfig, Section
 
 # %% auto #0
-__all__ = ['PROFILES', 'MAX_CONFIG_BYTES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig',
-           'RefineConfig', 'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'load_config', 'override',
-           'project_root', 'shared_dir', 'from_environment', 'videos_from_environment', 'output_root', 'RenderConfig',
-           'Section']
+__all__ = ['PROFILES', 'MAX_YAML_BYTES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig',
+           'RefineConfig', 'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'read_yaml', 'load_config',
+           'override', 'project_root', 'shared_dir', 'from_environment', 'videos_from_environment', 'output_root',
+           'RenderConfig', 'Section']
 
 # %% ../nbs/01_config.ipynb #c005
 _all_ = ["RenderConfig", "Section"]
@@ -187,28 +187,35 @@ def config_yaml(
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 # %% ../nbs/01_config.ipynb #c025
-MAX_CONFIG_BYTES = 1_000_000
+MAX_YAML_BYTES = 1_000_000
 
+def read_yaml(
+    path: Path | str,
+) -> Any:
+    "Read a YAML file that somebody wrote: it runs no code, and its size is limited."
+    path = Path(path)
+    if path.is_file() and path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"{path}: expected YAML of at most {MAX_YAML_BYTES} bytes, got {path.stat().st_size}")
+    try: return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise ValueError(f"{path}: expected YAML: {e}") from None
+
+# %% ../nbs/01_config.ipynb #c027
 def load_config(
     path: Path | str,  # a YAML file of nested keys, as `config_yaml` writes it
 ) -> RunConfig:
     "Read a run's config; keys that are absent keep the default, unknown ones are refused."
-    path = Path(path)
-    if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected a config of at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}")
-    try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ValueError(f"{path}: expected YAML: {e}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict): raise ValueError(f"{path}: expected a mapping of config keys, got {type(data).__name__}")
     return _validated(data, str(path))
 
-# %% ../nbs/01_config.ipynb #c026
+# %% ../nbs/01_config.ipynb #c028
 def _validated(data: dict, where: str) -> RunConfig:
     try: return RunConfig.model_validate(data)
     except ValidationError as e:
         lines = [f"{'.'.join(map(str, err['loc'])) or 'config'}: {err['msg'].removeprefix('Value error, ')}" for err in e.errors()]
         raise ValueError(f"{where}: " + "; ".join(lines)) from None
 
-# %% ../nbs/01_config.ipynb #c027
+# %% ../nbs/01_config.ipynb #c029
 def override(
     cfg: RunConfig,
     assignments: list[str],  # like ["train.epochs=3", "render.strategy_mix={studio: 1}"]; values are YAML
@@ -225,7 +232,7 @@ def override(
         node[path[-1]] = yaml.safe_load(value)
     return _validated(data, "override")
 
-# %% ../nbs/01_config.ipynb #c031
+# %% ../nbs/01_config.ipynb #c033
 def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data/
     "Find the checkout."
     starts = [Path.cwd(), Path(__file__).resolve().parent] if "__file__" in globals() else [Path.cwd()]
@@ -234,13 +241,13 @@ def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data
             if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir(): return folder
     raise FileNotFoundError(f"project_root: no settings.ini beside a nbs/ above {Path.cwd()}; work in a clone, installed with `pip install -e .`")
 
-# %% ../nbs/01_config.ipynb #c032
+# %% ../nbs/01_config.ipynb #c034
 def shared_dir() -> Path | None:  # folder with real footage, scanned tools and weights, if there is one
     "Find the optional folder of shared data: `SURGPOSE_SHARED`, or `../shared` beside the checkout."
     folder = Path(os.environ.get("SURGPOSE_SHARED") or project_root().parent / "shared")
     return folder.resolve() if folder.is_dir() else None
 
-# %% ../nbs/01_config.ipynb #c035
+# %% ../nbs/01_config.ipynb #c037
 def from_environment(
     cfg: RunConfig,
     environ: Mapping[str, str] | None = None,  # os.environ when absent
@@ -255,7 +262,7 @@ def from_environment(
     found = {k: p for k, p in inputs.items() if p.exists() and getattr(cfg.render, k) is None}
     return cfg.model_copy(update=dict(render=RenderConfig(**{**cfg.render.model_dump(), **found})))
 
-# %% ../nbs/01_config.ipynb #c036
+# %% ../nbs/01_config.ipynb #c038
 def videos_from_environment(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> list[Path]:  # the clips in PROJ_DATA/vids_test, sorted; empty without PROJ_DATA
@@ -264,7 +271,7 @@ def videos_from_environment(
     if not data: return []
     return sorted(p for p in (Path(data) / "vids_test").glob("*") if p.suffix.lower() in {".mp4", ".mkv", ".avi", ".mov"})
 
-# %% ../nbs/01_config.ipynb #c037
+# %% ../nbs/01_config.ipynb #c039
 def output_root(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> Path:  # PROJ_OUT, or reports/ of the checkout

@@ -16,9 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 
-from .config import MAX_CONFIG_BYTES, RunConfig, override
+from .config import RunConfig, override, read_yaml
 from .engine import Job, Phase, fingerprint
 from .files import atomic_write, lock_folder, read_json, utc_now, versions, write_json
 from .page import fill_page
@@ -50,11 +49,7 @@ def read_matrix(
     base: RunConfig,  # what all runs have in common
 ) -> list[Cell]:  # every combination, the first setting changing slowest
     "Read which runs are wanted, and check every one of their configs."
-    path = Path(path)
-    if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: expected a matrix of at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}")
-    try: axes = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ValueError(f"{path}: expected YAML: {e}") from None
+    axes = read_yaml(path)
     good = isinstance(axes, dict) and axes and all(isinstance(v, list) and v for v in axes.values())
     if not good: raise ValueError(f"{path}: expected settings with a list of values each, like `seed: [0, 1]`, got {str(axes)[:80]!r}")
     cells = []

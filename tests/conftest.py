@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from surgpose.adapt.scripted import scripted_clip
 from surgpose.data.coco import new_coco, write_coco
+from surgpose.data.draw import draw_poses
+from surgpose.data.video import write_video
 from surgpose.schema import order_jaws
 
 # The same examples in every run: a suite that fails by chance teaches people to run it again. To look for new
@@ -70,3 +73,13 @@ def trained_toy(tmp_path_factory) -> Path:
         warnings.simplefilter("ignore")
         yolo, _ = build_model()
     return write_weights(tmp_path_factory.mktemp("weights") / "toy.pt", yolo.model, dict(imgsz=96))
+
+
+def film_scripted(path: Path, samples: int = 40) -> Path:
+    "Film the scripted clip, each sample for two frames, with the tools drawn on a plain backdrop."
+    backdrop = np.full((360, 640, 3), 215, np.uint8)
+    with write_video(path, fps=25, width=640, height=360) as film:
+        for _, poses in scripted_clip(samples, faults=False):
+            for _ in range(2):
+                film.write(draw_poses(backdrop, poses, labels=False))
+    return path

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from conftest import film_scripted
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -34,8 +35,6 @@ from surgpose.adapt.track import follow, link, smooth_track
 from surgpose.adapt.widget import FrameStore, ReviewView
 from surgpose.config import EvaluateConfig, PseudoConfig, RefineConfig, TrackConfig, TrainConfig
 from surgpose.data.coco import new_coco, read_coco, write_coco
-from surgpose.data.draw import draw_poses
-from surgpose.data.video import write_video
 from surgpose.files import check_manifest, read_json
 from surgpose.schema import FLIP_IDX, SIGMAS, Frame, Poses, order_jaws
 
@@ -54,13 +53,7 @@ def found() -> Candidates:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory) -> Path:
     "The scripted clip as a video of 80 frames, with the tools drawn in."
-    path = tmp_path_factory.mktemp("video") / "scripted.mp4"
-    backdrop = np.full((360, 640, 3), 215, np.uint8)
-    with write_video(path, fps=25, width=640, height=360) as writer:
-        for _, poses in scripted_clip(faults=False):
-            for _ in range(2):
-                writer.write(draw_poses(backdrop, poses, labels=False))
-    return path
+    return film_scripted(tmp_path_factory.mktemp("video") / "scripted.mp4")
 
 
 @pytest.fixture(scope="module")

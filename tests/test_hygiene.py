@@ -168,7 +168,7 @@ def test_functions_are_typed_and_say_what_they_do(path):
 FORBIDDEN = {
     "star import": re.compile(r"^\s*from\s+\S+\s+import\s+\*", re.M),
     "bare except": re.compile(r"^\s*except\s*:", re.M),
-    "unfinished": re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b|NotImplementedError"),
+    "unfinished": re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b|NotImplemented" r"Error"),
     "absolute path": re.compile(r"""["'(\s]/(?:home|work|root|Users|tmp|mnt|opt|usr/local)/"""),
     "eval or exec": re.compile(r"(?<![\w.])(?:eval|exec)\("),
     "shell": re.compile(r"shell\s*=\s*True|os\.system\("),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import film_scripted
 
 from surgpose.adapt import refine as refining
 from surgpose.adapt.ablation import SCORES, ablation_rows, run_ablation
@@ -24,8 +25,6 @@ from surgpose.adapt.scripted import CLIP_FAULTS, join, place_tool, scripted_clip
 from surgpose.adapt.track import affinity, follow
 from surgpose.config import EvaluateConfig, PseudoConfig, RefineConfig, TrackConfig, TrainConfig
 from surgpose.data.coco import new_coco, read_coco, write_coco
-from surgpose.data.draw import draw_poses
-from surgpose.data.video import write_video
 from surgpose.files import read_json
 from surgpose.geometry import oks
 from surgpose.pose.recipe import ultralytics_settings
@@ -44,13 +43,7 @@ def fails(check: Callable, *args: object) -> None:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     "The scripted clip: 20 samples as a video of 40 frames."
-    path = tmp_path_factory.mktemp("clip") / "scripted.mp4"
-    backdrop = np.full((360, 640, 3), 215, np.uint8)
-    with write_video(path, fps=25, width=640, height=360) as film:
-        for _, poses in scripted_clip(20, faults=False):
-            for _ in range(2):
-                film.write(draw_poses(backdrop, poses, labels=False))
-    return path
+    return film_scripted(tmp_path_factory.mktemp("clip") / "scripted.mp4", samples=20)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
+from conftest import film_scripted
 from nbformat.v4 import new_code_cell, new_notebook
 
 from surgpose.adapt.canvas import SCRIPT
@@ -28,8 +29,6 @@ from surgpose.adapt.scripted import scripted_clip
 from surgpose.adapt.track import follow
 from surgpose.adapt.widget import ReviewView
 from surgpose.config import PseudoConfig, TrackConfig
-from surgpose.data.draw import draw_poses
-from surgpose.data.video import write_video
 from surgpose.schema import HANDLE, HINGE, TIP
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -44,13 +43,7 @@ def found() -> Candidates:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     "The scripted clip as a video of 80 frames, with the tools drawn in."
-    path = tmp_path_factory.mktemp("video") / "scripted.mp4"
-    backdrop = np.full((360, 640, 3), 205, np.uint8)
-    with write_video(path, fps=25, width=640, height=360) as writer:
-        for _, poses in scripted_clip(faults=False):
-            for _ in range(2):
-                writer.write(draw_poses(backdrop, poses, labels=False))
-    return path
+    return film_scripted(tmp_path_factory.mktemp("video") / "scripted.mp4")
 
 
 # In a browser ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from tqdm.auto import tqdm
 
+from ..config import read_yaml
 from .coco import annotations_by_image, check_image, new_coco, validate_coco
 from ..files import atomic_write, safe_join
 from ..schema import CLASSES, FLIP_IDX, KEYPOINTS, SIGMAS, category_id
@@ -204,12 +205,11 @@ class _DataYaml(BaseModel):
 # %% ../../nbs/11_yolo.ipynb #c032
 def _read_data_yaml(path: Path) -> _DataYaml:
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected a data.yaml, there is none")
-    try: return _DataYaml.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    data = read_yaml(path)
+    try: return _DataYaml.model_validate(data)
     except ValidationError as e:
         lines = [f"{'.'.join(map(str, row['loc'])) or 'file'}: {row['msg']}" for row in e.errors()]
         raise ValueError(f"{path}: " + "; ".join(lines[:5])) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: expected YAML: {e}") from None
 
 # %% ../../nbs/11_yolo.ipynb #c033
 def read_yolo(

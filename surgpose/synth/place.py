@@ -86,6 +86,15 @@ class Orbit:
         here, there = (o.rays(np.reshape(xy_px, (1, 2)))[0][0] for o in (self, nearer))
         return replace(nearer, centre=self.centre + (here - there) - (here - there) @ self.R[2] * self.R[2])
 
+    def steered(
+        self,
+        message: dict[str, Any],  # what `Canvas` tells: kind drag with dx, dy, or zoom with steps, x, y
+    ) -> Orbit:  # the same for anything else
+        "Turn or come nearer, as the mouse says."
+        if message["kind"] == "drag": return self.turned(message["dx"], message["dy"])
+        if message["kind"] == "zoom": return self.zoomed(1.25 ** message["steps"], np.array([message["x"], message["y"]], float))
+        return self
+
 # %% ../../nbs/20d_place.ipynb #c008
 def picture(
     mesh: trimesh.Trimesh,
@@ -234,13 +243,10 @@ class PlacingView:
         message: dict[str, Any],  # kind, and what the browser tells about it
     ) -> None:
         "Do what was done to the picture."
-        if message["kind"] == "drag": self.orbit = self.orbit.turned(message["dx"], message["dy"])
-        else:
-            at = np.array([message["x"], message["y"]], float)
-            if message["kind"] == "zoom": self.orbit = self.orbit.zoomed(1.25 ** message["steps"], at)
-            else:
-                eyes, way = self.orbit.rays(at[None])
-                self.state.place(eyes[0], way)
+        if message["kind"] == "click":
+            eyes, way = self.orbit.rays(np.array([[message["x"], message["y"]]], float))
+            self.state.place(eyes[0], way)
+        else: self.orbit = self.orbit.steered(message)
         self.show()
 
     def _write(self) -> None:
