@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgpose.config import MAX_CONFIG_BYTES, TrainConfig, load_config
+from surgpose.config import MAX_YAML_BYTES, TrainConfig, load_config
 from surgpose.data.coco import read_coco, split_coco, write_coco
 from surgpose.data.yolo import write_yolo
 from surgpose.files import read_json
@@ -138,7 +138,7 @@ def test_a_cache_beside_the_labels_is_neither_believed_nor_run(toy_dataset, tmp_
 
 def test_a_config_of_a_size_that_no_config_has(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("#" * (MAX_CONFIG_BYTES + 1))
+    path.write_text("#" * (MAX_YAML_BYTES + 1))
     with pytest.raises(ValueError, match="expected a config of at most"):
         load_config(path)
 
