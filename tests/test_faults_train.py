@@ -139,7 +139,7 @@ def test_a_cache_beside_the_labels_is_neither_believed_nor_run(toy_dataset, tmp_
 def test_a_config_of_a_size_that_no_config_has(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("#" * (MAX_YAML_BYTES + 1))
-    with pytest.raises(ValueError, match="expected a config of at most"):
+    with pytest.raises(ValueError, match="expected YAML of at most"):
         load_config(path)
 
 
