@@ -86,6 +86,7 @@ def propose_labels(
     pseudo: PseudoConfig,
     track: TrackConfig,
     *,
+    decisions: Path | None = None,  # what a person decided; decisions.jsonl in `out` when absent
     base: PredictConfig | None = None,  # image size and NMS of the detector; scores and stride are those of `pseudo`
     device: str = "auto",
 ) -> dict:  # the counts
@@ -104,8 +105,9 @@ def propose_labels(
                                  weights=weights, base=wide, device=device)
     found = replace(follow(candidates(seen, pseudo, evidence=evidence), track), spare=find_spare(video, pseudo))
     write_candidates(out / "candidates.json", found)
-    pseudo_dataset(video, found, out / "decisions.jsonl", out / "dataset")
-    decided = apply_decisions(found, out / "decisions.jsonl")
+    decisions = decisions or out / "decisions.jsonl"
+    pseudo_dataset(video, found, decisions, out / "dataset")
+    decided = apply_decisions(found, decisions)
     write_paths(out / "tracks.csv", paths_table(decided, progress=True))
     counted = counts(decided)
     write_json(out / "counts.json", counted)
@@ -123,7 +125,8 @@ def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Adapt the teacher to the video, in one round or several."
     from surgpose.adapt.rounds import refine_rounds
     def propose(weights: Path, out: Path) -> Path:
-        propose_labels(job.video, weights, out, job.cfg.pseudo, job.cfg.track, base=job.cfg.predict, device=job.cfg.device)
+        propose_labels(job.video, weights, out, job.cfg.pseudo, job.cfg.track, decisions=job.out / "pseudo" / "decisions.jsonl",
+                       base=job.cfg.predict, device=job.cfg.device)
         return out / "dataset"
     out = refine_rounds(best_weights(job.out / "teacher"), job.out / "synthetic", job.out / "pseudo" / "dataset",
                         job.out / "refined", job.cfg.train, job.cfg.refine, propose=propose, evaluate_cfg=job.cfg.evaluate,

@@ -18,7 +18,7 @@ from surgpose.adapt import refine as refining
 from surgpose.adapt.ablation import SCORES, ablation_rows, run_ablation
 from surgpose.adapt.change import change_rows, timeline
 from surgpose.adapt.gate import gate_rows, gate_verdict, held_out_scores
-from surgpose.adapt.pseudo import Candidates, body_area, candidates, frame_states, write_candidates
+from surgpose.adapt.pseudo import Candidates, body_area, candidates, frame_states, make_table, write_candidates
 from surgpose.adapt.review import ReviewState, review_items
 from surgpose.adapt.rounds import refine_rounds
 from surgpose.adapt.scripted import CLIP_FAULTS, join, place_tool, scripted_clip
@@ -261,6 +261,24 @@ def test_a_persons_frames_count_more_and_survive_later_rounds(found, clip, toy_d
         assert len(labels) == 3 and all(len(text.splitlines()) == 2 for text in labels)
     (person,) = [a for a in read_coco(first / "coco_annotations.json")["annotations"] if a["by"] == "person"]
     assert person["keypoints"][2::3] == [1] * 5  # hidden, as the person said
+
+
+def test_a_persons_word_reaches_a_frame_that_is_clear_in_a_later_round(found, clip, toy_dataset, tmp_path):
+    items = review_items(found)
+    state = ReviewState(items, tmp_path / "decisions.jsonl")
+    gap = next(i for i, item in enumerate(items) if item.reasons == ("gap",))
+    state.fix(gap, items[gap].keypoints * [1, 1, 0] + [0, 0, 1])
+    frame, rows = items[gap].frame, found.table.to_dict("records")
+    for row in rows:
+        if row["frame"] == frame and row["track"] != items[gap].track: row |= dict(kept=False, reasons=("jump",))
+    doubted = replace(found, table=make_table(rows))  # the other tool of the frame, in the first round
+    first = refining.pseudo_dataset(clip, doubted, state.path, tmp_path / "first", progress=False)
+    second = refining.pseudo_dataset(clip, found, state.path, tmp_path / "second", progress=False)
+    assert frame not in tools_per_frame(read_coco(first / "coco_annotations.json"))
+    cfg = ONE.model_copy(update=dict(person_weight=3))
+    data = refining.mix(toy_dataset, second, tmp_path / "mix", cfg, reviewed=first)
+    assert len([p for p in (data.parent / "labels" / "train").glob(f"*{frame:06d}.txt") if not p.stem.startswith("0_")]) == 3
+    assert refining.mix_counts(toy_dataset, second, cfg, reviewed=first)["person_frames"] == 1
 
 
 def test_a_long_clip_does_not_drown_the_renders(found, clip, toy_dataset, tmp_path):

@@ -149,15 +149,17 @@ def choose_accepted(
     proposed: dict,  # the accepted frames of this round
     reviewed: dict,  # the accepted frames of the round that a person looked at; the same file in the first round
     most: int,  # frames that the model alone has labelled
-) -> tuple[dict, dict]:  # frames labelled by the model alone, and frames with a person's word
+) -> tuple[dict, dict, dict]:  # frames labelled by the model alone, with a person's word, and those of them that came in since
     "Sort frames by who answers for them, and thin the model's evenly over time."
     def name(im: dict) -> object: return im.get("frame", im["file_name"])
     person = _of_person(reviewed)
-    barred = {name(im) for im in person["images"]} | set(reviewed.get("info", {}).get("rejected_frames", ()))
+    known = {name(im) for im in person["images"]} | set(reviewed.get("info", {}).get("rejected_frames", ()))
+    since = _part(_of_person(proposed), lambda im: name(im) not in known)
+    barred = known | {name(im) for im in since["images"]}
     model = [im["id"] for im in proposed["images"] if name(im) not in barred]
     spread = np.linspace(0, len(model) - 1, min(most, len(model))).round().astype(int) if model else []
     kept = {model[i] for i in spread}
-    return _part(proposed, lambda im: im["id"] in kept), person
+    return _part(proposed, lambda im: im["id"] in kept), person, since
 
 # %% ../../nbs/50_refine.ipynb #c018
 def _sources(
@@ -165,9 +167,10 @@ def _sources(
 ) -> tuple[dict[str, tuple[dict, Path]], dict]:
     rendered, proposed, told = (read_coco(Path(p) / "coco_annotations.json") for p in (synthetic, pseudo, reviewed or pseudo))
     renders, n = split_coco(rendered, "train"), len(split_coco(rendered, "train")["images"])
-    model, person = choose_accepted(proposed, told, max(1, round(cfg.pseudo_per_synthetic * n)))
-    some = choose_synthetic(renders, len(model["images"]) + len(person["images"]), cfg, seed=seed)
-    return dict(synthetic=(some, Path(synthetic)), model=(model, Path(pseudo)), person=(person, Path(reviewed or pseudo))), rendered
+    model, person, since = choose_accepted(proposed, told, max(1, round(cfg.pseudo_per_synthetic * n)))
+    some = choose_synthetic(renders, sum(len(part["images"]) for part in (model, person, since)), cfg, seed=seed)
+    return dict(synthetic=(some, Path(synthetic)), model=(model, Path(pseudo)), person=(person, Path(reviewed or pseudo)),
+                person_since=(since, Path(pseudo))), rendered
 
 
 def mix(
@@ -185,7 +188,7 @@ def mix(
     val = split_coco(rendered, "val")
     if not val["images"]: raise ValueError(f"{synthetic}: expected images with the split 'val', got none")
     train = {name: source for name, source in sources.items() if source[0]["images"]}
-    repeat = [cfg.person_weight if name == "person" else 1 for name in train]
+    repeat = [cfg.person_weight if name.startswith("person") else 1 for name in train]
     return write_yolo(out, dict(train=list(train.values()), val=[(val, Path(synthetic))]), repeat=dict(train=repeat), progress=False)
 
 # %% ../../nbs/50_refine.ipynb #c026
@@ -263,11 +266,11 @@ def mix_counts(
 ) -> dict[str, int]:
     "Count what a refinement learns from."
     sources, rendered = _sources(synthetic, pseudo, cfg, 0, reviewed)
-    some, model, person = (source[0] for source in sources.values())
-    return dict(pseudo_frames=len(model["images"]) + len(person["images"]),
-                pseudo_labels=len(model["annotations"]) + len(person["annotations"]),
-                person_frames=len(person["images"]),
-                synthetic_available=len(split_coco(rendered, "train")["images"]), synthetic_used=len(some["images"]),
+    def number(what: str, *names: str) -> int: return sum(len(sources[name][0][what]) for name in names)
+    person = ("person", "person_since")
+    return dict(pseudo_frames=number("images", "model", *person), pseudo_labels=number("annotations", "model", *person),
+                person_frames=number("images", *person),
+                synthetic_available=len(split_coco(rendered, "train")["images"]), synthetic_used=number("images", "synthetic"),
                 validation=len(split_coco(rendered, "val")["images"]))
 
 
