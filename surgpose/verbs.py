@@ -5,6 +5,7 @@
 # %% ../nbs/91a_verbs.ipynb #c002
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from .flags import Flat, Out, Settings, Verb, as_usage, read_pair
 from .flags import UsageError as UsageError
 
 # %% auto #0
-__all__ = ['VERBS', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs', 'Predict', 'Export', 'Pseudo', 'Refine', 'Compare', 'Report',
-           'Run', 'Doctor', 'Docs']
+__all__ = ['VERBS', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs', 'Predict', 'Export', 'Pseudo', 'Merge', 'Refine', 'Compare',
+           'Report', 'Run', 'Doctor', 'Docs']
 
 # %% ../nbs/91a_verbs.ipynb #c006
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,23 @@ class Pseudo(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c014
 @dataclass(frozen=True, kw_only=True)
+class Merge(Verb):
+    """Put several people's review files together, and list what they disagree on; the later word rules.
+
+    Example: surgpose merge ann/decisions.jsonl bob/decisions.jsonl --out runs/clip/pseudo/decisions.jsonl
+    """
+    files: Positional[tuple[Path, ...]]  # decisions.jsonl of two or more people
+    out: Path  # the merged file; the next `surgpose pseudo` or `surgpose run` reads it as decisions.jsonl in its folder
+
+    def run(self) -> Path:
+        from surgpose.adapt.decisions import merge_decisions
+        if len(self.files) < 2: raise UsageError(f"expected two files or more to merge, got {len(self.files)}")
+        differ = merge_decisions(self.files, self.out)
+        print(f"people differ on {len(differ)} poses", *([differ.to_string(index=False)] if len(differ) else []), sep="\n", file=sys.stderr)
+        return self.out
+
+# %% ../nbs/91a_verbs.ipynb #c015
+@dataclass(frozen=True, kw_only=True)
 class Refine(Verb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
 
@@ -196,7 +214,7 @@ class Refine(Verb):
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
                       target=self.target, seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c015
+# %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
 class Compare(Verb):
     """Compare two networks on rendered images and on a video, labelled or not.
@@ -219,7 +237,7 @@ class Compare(Verb):
                      device=self.device)
         return out / "compare.json"
 
-# %% ../nbs/91a_verbs.ipynb #c016
+# %% ../nbs/91a_verbs.ipynb #c017
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
     """Run a report notebook and write its page.
@@ -241,7 +259,7 @@ class Report(Verb):
         if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
         return page
 
-# %% ../nbs/91a_verbs.ipynb #c018
+# %% ../nbs/91a_verbs.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
 class Run(Verb):
     """Do the whole job: render, train, evaluate, predict a video, adapt to it, compare, report.
@@ -292,7 +310,7 @@ class Run(Verb):
         if not sweep(cells, out, given, scheduler=self.scheduler): raise RuntimeError(f"not every run finished; see {out / 'index.html'}")
         return out / "index.html"
 
-# %% ../nbs/91a_verbs.ipynb #c019
+# %% ../nbs/91a_verbs.ipynb #c020
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
     """Tell what this machine has and lacks, each with the line that mends it.
@@ -305,7 +323,7 @@ class Doctor(Verb):
         if not well: raise RuntimeError(f"something essential is missing\n{table}")
         return table
 
-# %% ../nbs/91a_verbs.ipynb #c020
+# %% ../nbs/91a_verbs.ipynb #c021
 @dataclass(frozen=True, kw_only=True)
 class Docs(Verb):
     """Write all notebooks as plain HTML pages with an index, to be read offline.
@@ -318,6 +336,6 @@ class Docs(Verb):
         from surgpose.docs import write_docs
         return write_docs(self.place(self.out, "docs"))
 
-# %% ../nbs/91a_verbs.ipynb #c021
-VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Export, Pseudo, Refine,
+# %% ../nbs/91a_verbs.ipynb #c022
+VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Export, Pseudo, Merge, Refine,
                                                                 Compare, Report, Run, Doctor, Docs)}

@@ -198,13 +198,28 @@ def test_help_describes_every_flag_and_gives_an_example(verb):
     done = command(verb, "--help")
     assert done.code == 0 and f"Example: surgpose {verb}" in done.out
     text = re.sub(r"[│\s]+", " ", done.out)
-    idle = ("stats", "report", "runs", "doctor", "docs")
+    idle = ("stats", "report", "runs", "merge", "doctor", "docs")
     assert ("--device" in text) == (verb not in idle)
 
 
 def test_config_fields_are_flags_with_the_defaults_of_the_profile():
     demo, paper = command("train", "--help").out, command("train", "--help", "--profile", "paper").out
     assert "--epochs INT" in demo and "(default: 8)" in demo and "(default: 200)" in paper
+
+
+def test_files_of_two_people_become_one_and_tell_where_they_differ(tmp_path):
+    said = dict(
+        video="clip.mp4", frame=3, track=0, by="person", bbox=[1, 2, 30, 40], at="2026-01-01T00:00:00+00:00"
+    )
+    for who, verdict in (("ann", "accept"), ("bob", "reject")):
+        append_jsonl(tmp_path / who / "decisions.jsonl", dict(said, verdict=verdict, who=who))
+    files = [str(tmp_path / who / "decisions.jsonl") for who in ("ann", "bob")]
+    done = command("merge", *files, "--out", str(tmp_path / "both.jsonl"))
+    assert done.code == 0 and done.out.strip() == str(tmp_path / "both.jsonl")
+    assert "differ on 1 poses" in done.err and "accept" in done.err and "reject" in done.err
+    assert len((tmp_path / "both.jsonl").read_text().splitlines()) == 2
+    absent = command("merge", files[0], str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "more.jsonl"))
+    assert absent.code == 1 and "none.jsonl" in absent.err and not (tmp_path / "more.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,6 +238,7 @@ def test_config_fields_are_flags_with_the_defaults_of_the_profile():
         (["run", "-p", "render.strategy_mix={studoi: 1}"], "studoi"),
         (["run", "--only", "trian"], "did you mean 'train'"),
         (["run", "--from", "trian"], "did you mean 'train'"),
+        (["merge", "a.jsonl", "--out", "b.jsonl"], "two files or more"),
         (["report", "21_stats"], "did you mean '20_stats'"),
         (["report", "20_stats", "-p", "run_dri=x"], "did you mean 'run_dir'"),
         (["report", "20_stats", "-p", "run_dir"], "expected name=value"),

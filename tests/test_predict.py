@@ -318,3 +318,27 @@ def test_a_real_clip_is_predicted_into_its_three_files(tmp_path):
     assert parity(clip, tmp_path, find_weights(None), stride=20) < 0.5
     out = predict(clip, tmp_path / "out", PredictConfig(frames=8), device="cpu", progress=False)
     assert {"predictions.json", "predictions.csv", "overlay.mp4"} <= {p.name for p in out.iterdir()}
+
+
+NO_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from surgpose.config import PredictConfig
+from surgpose.pose.model import find_weights, load_model
+from surgpose.pose.predict import predict_frames
+from surgpose.schema import Frame
+model, frames = load_model(find_weights(None)), [(Frame("x", 64, 64), np.zeros((64, 64, 3), np.uint8))]
+list(predict_frames(model, frames, PredictConfig(), device="cpu"))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)
+try: list(predict_frames(model, frames, PredictConfig(imgsz=6400), device="cpu"))
+except RuntimeError as e: print(e)
+"""
+
+
+def test_no_memory_is_told_with_what_is_used_and_what_to_change():
+    said = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, check=True
+    ).stdout
+    assert "out of memory at 6400 px" in said and "GiB" in said and "lower predict.imgsz" in said

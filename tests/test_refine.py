@@ -18,7 +18,14 @@ from surgpose.adapt import refine as refining
 from surgpose.adapt.ablation import SCORES, ablation_rows, run_ablation
 from surgpose.adapt.change import change_rows, timeline
 from surgpose.adapt.gate import gate_rows, gate_verdict, held_out_scores
-from surgpose.adapt.pseudo import Candidates, body_area, candidates, frame_states, make_table, write_candidates
+from surgpose.adapt.pseudo import (
+    Candidates,
+    body_area,
+    candidates,
+    frame_states,
+    make_table,
+    write_candidates,
+)
 from surgpose.adapt.review import ReviewState, review_items
 from surgpose.adapt.rounds import refine_rounds
 from surgpose.adapt.scripted import CLIP_FAULTS, join, place_tool, scripted_clip
@@ -62,10 +69,15 @@ def tools_per_frame(coco: dict) -> dict[int, int]:
 @pytest.fixture(scope="module")
 def truth() -> dict:
     rows = scripted_clip(20, faults=False, noise_px=0)
-    images = [dict(id=i, file_name=f"v/{i}.jpg", width=640, height=360, frame=f.index)
-              for i, (f, _) in enumerate(rows)]
-    tools = [dict(r, id=10 * i + n, image_id=i, keypoints=seen_points(r["keypoints"]))
-             for i, (_, p) in enumerate(rows) for n, r in enumerate(p.to_rows())]
+    images = [
+        dict(id=i, file_name=f"v/{i}.jpg", width=640, height=360, frame=f.index)
+        for i, (f, _) in enumerate(rows)
+    ]
+    tools = [
+        dict(r, id=10 * i + n, image_id=i, keypoints=seen_points(r["keypoints"]))
+        for i, (_, p) in enumerate(rows)
+        for n, r in enumerate(p.to_rows())
+    ]
     return new_coco(images, tools)
 
 
@@ -179,8 +191,10 @@ def test_oks_is_cocos_with_the_factor_two():
 def test_a_pixel_across_counts_like_a_pixel_down():
     "Two tools to go on with, 18 px to the right and 12 px down, in a wide picture: down is nearer."
     frame, tool = Frame("v", 1920, 1080), place_tool((400, 400), 150, 45)
-    right, down = (replace(tool, keypoints=tool.keypoints + [*d, 0], xywh_px=tool.xywh_px + [*d, 0, 0])
-                   for d in ((18, 0), (0, 12)))
+    right, down = (
+        replace(tool, keypoints=tool.keypoints + [*d, 0], xywh_px=tool.xywh_px + [*d, 0, 0])
+        for d in ((18, 0), (0, 12))
+    )
     others = join([right, down])
 
     def shares(pose, others, cfg):
@@ -211,8 +225,11 @@ def test_near_its_own_mask_is_not_seen():
     solids = [("hand", 0, finger), *((name, 1, mesh) for name, mesh in parts.items())]
 
     def cast(eye, way):
-        met = [(np.linalg.norm(p - eye), name, n, p) for name, n, m in solids
-               for p in m.ray.intersects_location([eye], [way])[0]]
+        met = [
+            (np.linalg.norm(p - eye), name, n, p)
+            for name, n, m in solids
+            for p in m.ray.intersects_location([eye], [way])[0]
+        ]
         return min(met, key=lambda h: h[0])[1:] if met else None
 
     def by_ray() -> bool:
@@ -233,6 +250,7 @@ def test_near_its_own_mask_is_not_seen():
 
 def test_the_names_of_the_jaws_can_be_learned():
     "A tool turned by half a turn about its axis looks the same, so its label must be the same."
+
     def check(name: Callable[[np.ndarray], np.ndarray]) -> None:
         for angle in range(0, 360, 30):
             points = place_tool((200, 200), 100, angle).keypoints[0]
@@ -270,14 +288,24 @@ def test_a_persons_word_reaches_a_frame_that_is_clear_in_a_later_round(found, cl
     state.fix(gap, items[gap].keypoints * [1, 1, 0] + [0, 0, 1])
     frame, rows = items[gap].frame, found.table.to_dict("records")
     for row in rows:
-        if row["frame"] == frame and row["track"] != items[gap].track: row |= dict(kept=False, reasons=("jump",))
+        if row["frame"] == frame and row["track"] != items[gap].track:
+            row |= dict(kept=False, reasons=("jump",))
     doubted = replace(found, table=make_table(rows))  # the other tool of the frame, in the first round
     first = refining.pseudo_dataset(clip, doubted, state.path, tmp_path / "first", progress=False)
     second = refining.pseudo_dataset(clip, found, state.path, tmp_path / "second", progress=False)
     assert frame not in tools_per_frame(read_coco(first / "coco_annotations.json"))
     cfg = ONE.model_copy(update=dict(person_weight=3))
     data = refining.mix(toy_dataset, second, tmp_path / "mix", cfg, reviewed=first)
-    assert len([p for p in (data.parent / "labels" / "train").glob(f"*{frame:06d}.txt") if not p.stem.startswith("0_")]) == 3
+    assert (
+        len(
+            [
+                p
+                for p in (data.parent / "labels" / "train").glob(f"*{frame:06d}.txt")
+                if not p.stem.startswith("0_")
+            ]
+        )
+        == 3
+    )
     assert refining.mix_counts(toy_dataset, second, cfg, reviewed=first)["person_frames"] == 1
 
 
@@ -302,14 +330,25 @@ def test_two_rounds_with_a_slow_teacher(found, clip, toy_dataset, teacher, tmp_p
         asked.append(weights)
         return pseudo
 
-    out = refine_rounds(teacher, toy_dataset, pseudo, tmp_path / "out", TINY,
-                        ONE.model_copy(update=dict(rounds=3, teacher_ema=0.5)), propose=propose, device="cpu",
-                        judge=lambda weights, folder: dict(AP=next(rising)), progress=False)
+    out = refine_rounds(
+        teacher,
+        toy_dataset,
+        pseudo,
+        tmp_path / "out",
+        TINY,
+        ONE.model_copy(update=dict(rounds=3, teacher_ema=0.5)),
+        propose=propose,
+        device="cpu",
+        judge=lambda weights, folder: dict(AP=next(rising)),
+        progress=False,
+    )
     facts = read_json(out / "refine.json")
     assert [r["kept"] for r in facts["rounds"]] == ["refined", "teacher"] and facts["kept"] == "refined"
     assert asked == [out / "round_1" / "weights" / "averaged.pt"]
-    a, b, student = (read_weights(p)["model"].state_dict() for p in (
-        teacher, refining.kept_weights(out), out / "round_1" / "weights" / "best.pt"))
+    a, b, student = (
+        read_weights(p)["model"].state_dict()
+        for p in (teacher, refining.kept_weights(out), out / "round_1" / "weights" / "best.pt")
+    )
     moved = {k: float((student[k] - a[k]).abs().max()) for k in a if a[k].is_floating_point()}
     name = max(moved, key=moved.get)
     half_precision = 2e-3 * (1 + float(a[name].abs().max()))
@@ -321,9 +360,21 @@ def test_the_ablation_runs_for_real(found, clip, truth, toy_dataset, teacher, tm
     write_candidates(tmp_path / "pseudo" / "candidates.json", few)
     write_coco(tmp_path / "truth.json", truth)
     made = run_ablation(
-        teacher, toy_dataset, clip, tmp_path / "pseudo", tmp_path / "truth.json", tmp_path / "out", TINY, ONE,
-        rungs={"scores alone": SCORES}, seeds=(0,), review=2, evaluate_cfg=EvaluateConfig(bootstrap=0),
-        device="cpu", progress=False)
+        teacher,
+        toy_dataset,
+        clip,
+        tmp_path / "pseudo",
+        tmp_path / "truth.json",
+        tmp_path / "out",
+        TINY,
+        ONE,
+        rungs={"scores alone": SCORES},
+        seeds=(0,),
+        review=2,
+        evaluate_cfg=EvaluateConfig(bootstrap=0),
+        device="cpu",
+        progress=False,
+    )
     ablation = read_json(made)
     assert list(ablation["teacher"]) == ["AP on synthetic validation", "AP on labelled target frames"]
     assert [r["rung"] for r in ablation["rows"]] == ["scores alone", "+ review of the 2 worst"]
@@ -346,10 +397,14 @@ def test_the_verb_does_one_round_and_says_so(tmp_path, capsys):
 
 
 def test_a_better_network_is_seen_to_be_better_in_every_measure(truth):
-    worse, better = (timeline(scripted_clip(20, faults=faults, noise_px=noise), truth)
-                     for faults, noise in ((True, 4), (False, 1)))
-    rows, back = ({r["metric"]: r for r in change_rows(*pair) if r["tool"] == "all"}
-                  for pair in ((worse, better), (better, worse)))
+    worse, better = (
+        timeline(scripted_clip(20, faults=faults, noise_px=noise), truth)
+        for faults, noise in ((True, 4), (False, 1))
+    )
+    rows, back = (
+        {r["metric"]: r for r in change_rows(*pair) if r["tool"] == "all"}
+        for pair in ((worse, better), (better, worse))
+    )
     assert all(r["delta"] < 0 for r in rows.values())
     assert all(back[name]["delta"] == -rows[name]["delta"] for name in rows)
     for name in ("median tip error / px", "tip jitter / px"):

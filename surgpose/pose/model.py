@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ultralytics import YOLO
 
 # %% auto #0
-__all__ = ['SCRATCH', 'DOWNLOAD', 'cpu_threads', 'ultralytics', 'resolve_device', 'memory_in_use', 'read_weights', 'find_weights',
-           'build_model', 'write_weights', 'load_model', 'model_sha']
+__all__ = ['SCRATCH', 'DOWNLOAD', 'cpu_threads', 'ultralytics', 'resolve_device', 'memory_in_use', 'lacks_memory', 'read_weights',
+           'find_weights', 'build_model', 'write_weights', 'load_model', 'model_sha']
 
 # %% ../../nbs/30a_model.ipynb #c005
 def cpu_threads() -> int:  # at least 1
@@ -93,7 +93,12 @@ def memory_in_use(
     else: (free, total), what = torch.cuda.mem_get_info(int(device.split(",")[0])), "the GPU's memory"
     return f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB of {what} are in use"
 
-# %% ../../nbs/30a_model.ipynb #c020
+def lacks_memory(error: Exception) -> bool:
+    "Tell whether an error says that memory ran out."
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
+
+# %% ../../nbs/30a_model.ipynb #c021
 def read_weights(
     path: Path | str,  # a .pt file
 ) -> dict[str, Any]:  # a checkpoint with its network under `model`, or names and tensors
@@ -116,7 +121,7 @@ def read_weights(
     if data and all(isinstance(v, torch.Tensor) for v in data.values()): return data
     raise ValueError(f"{wanted}, got entries {', '.join(map(str, data))[:80]} and no network among them")
 
-# %% ../../nbs/30a_model.ipynb #c025
+# %% ../../nbs/30a_model.ipynb #c026
 SCRATCH, DOWNLOAD = "scratch", "download"
 
 def find_weights(
@@ -139,7 +144,7 @@ def find_weights(
     size = Path(model).stem.removesuffix("-pose")[-1:]
     return next((p for p in [starters / f"surgpose-{size}.pt"] if p.is_file() and "v8" in model), None)
 
-# %% ../../nbs/30a_model.ipynb #c029
+# %% ../../nbs/30a_model.ipynb #c030
 def _name_outputs(model: Any) -> None:
     model.names = dict(enumerate(CLASSES))
     model.kpt_shape, model.kpt_oks_sigmas = [len(KEYPOINTS), 3], list(SIGMAS)
@@ -154,7 +159,7 @@ def _carry_over(model: Any, weights: Path | str) -> set[str]:
     model.load_state_dict({k: source[k].float() for k in fits}, strict=False)
     return set(fits)
 
-# %% ../../nbs/30a_model.ipynb #c030
+# %% ../../nbs/30a_model.ipynb #c031
 def build_model(
     model: str = "yolov8n-pose",  # name of an Ultralytics pose model, or a path to its YAML
     weights: Path | str | None = None,  # initial weights; nothing for random ones
@@ -176,7 +181,7 @@ def build_model(
                       "images and epochs; name some with weights_init", stacklevel=2)
     return yolo, carried
 
-# %% ../../nbs/30a_model.ipynb #c034
+# %% ../../nbs/30a_model.ipynb #c035
 def write_weights(
     path: Path | str,
     model: Any,  # a pose network, as read from a checkpoint
@@ -195,7 +200,7 @@ def write_weights(
     with atomic_path(path) as tmp: torch.save(checkpoint, tmp)
     return Path(path)
 
-# %% ../../nbs/30a_model.ipynb #c036
+# %% ../../nbs/30a_model.ipynb #c037
 def load_model(
     weights: Path | str,  # a checkpoint of a network trained on the schema's classes and keypoints
 ) -> YOLO:
@@ -211,7 +216,7 @@ def load_model(
     yolo.trained_imgsz = int(data.get("train_args", {}).get("imgsz") or 640)
     return yolo
 
-# %% ../../nbs/30a_model.ipynb #c038
+# %% ../../nbs/30a_model.ipynb #c039
 def model_sha(
     weights: Path | str,  # a .pt file
 ) -> str:  # hex digest

@@ -30,7 +30,7 @@ from ..data.video import (VideoInfo, camera_number, count_source, is_video, iter
                                  read_image, video_info, write_video)
 from ..data.yolo import POINT_SHIFT
 from ..files import atomic_path, lock_folder, utc_now, versions
-from .model import find_weights, load_model, model_sha, resolve_device
+from .model import find_weights, lacks_memory, load_model, memory_in_use, model_sha, resolve_device
 from .openvino import FastNetwork, choose_backend
 from .record import (Parts, ahead, predictions_dict, predictions_table, read_predictions, write_predictions,
                                   write_table)
@@ -76,11 +76,21 @@ def predict_frames(
     if isinstance(model, FastNetwork):
         for frame, image in frames: yield frame, image, model.find(image, cfg, imgsz=imgsz)
         return
+    device = resolve_device(device).split(",")[0]
     classes = [CLASSES.index(c) for c in getattr(cfg, "classes", ())] or None
     options = dict(imgsz=imgsz or cfg.imgsz or model.trained_imgsz, classes=classes, conf=cfg.conf, iou=cfg.iou, max_det=cfg.max_det,
-                   device=resolve_device(device).split(",")[0], verbose=False, save=False)
+                   device=device, verbose=False, save=False)
     for frame, image in frames:
-        yield frame, image, poses_of_result(model.predict(image, **options)[0])
+        with _memory_told(options["imgsz"], device): poses = poses_of_result(model.predict(image, **options)[0])
+        yield frame, image, poses
+
+@contextmanager
+def _memory_told(imgsz: int, device: str) -> Iterator[None]:
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not lacks_memory(e): raise
+        raise RuntimeError(f"predict: out of memory at {imgsz} px ({memory_in_use(device)}); lower predict.imgsz, "
+                           f"{'close what else runs' if device == 'cpu' else 'or choose device=cpu'}, and run it again: it goes on where it stopped") from e
 
 # %% ../../nbs/32_predict.ipynb #c016
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..data.coco import check_image, read_coco, split_coco
 from ..data.yolo import read_yolo, write_yolo
 from ..files import atomic_write, code_hash, hash_data, lock_folder, read_json, utc_now, versions, write_json
-from .model import (build_model, find_weights, memory_in_use, model_sha, read_weights, resolve_device,
+from .model import (build_model, find_weights, lacks_memory, memory_in_use, model_sha, read_weights, resolve_device,
                                  write_weights)
 from .recipe import (Curves, Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
                                   ultralytics_settings)
@@ -160,11 +160,10 @@ def _check_resumed(trainer: Any, done: int) -> None:
 
 # %% ../../nbs/30_train.ipynb #c025
 def _explain(error: Exception, cfg: TrainConfig, device: str) -> RuntimeError | None:
-    said = str(error).lower()
     if isinstance(error, subprocess.CalledProcessError):
         return RuntimeError(f"train: a process on one of the GPUs {device} failed with {error.returncode}; its own message "
                             "stands above; with device=0 it would stand here")
-    if not isinstance(error, MemoryError) and "out of memory" not in said and "allocate memory" not in said: return None
+    if not lacks_memory(error): return None
     return RuntimeError(f"train: out of memory with batch {cfg.batch} at {cfg.imgsz} px ({memory_in_use(device)}); halve "
                         f"train.batch to {max(1, cfg.batch // 2)}, or lower train.imgsz, and choose a new folder")
 
