@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from surgpose.files import read_json, write_json
 from surgpose.report import open_run, read_parameters, run_report, write_index
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PARAMETERS = """run_dir: str = ""  # folder of a run
 limit: int = 3  # pictures
 fast: bool = True  # skip the slow part"""
@@ -135,11 +137,43 @@ def test_pages_stand_alone(tmp_path):
     )
     assert 'alt="a dot"' in page and "data:image/png;base64" in page
     assert (
-        outside(page) == [] and "<script" not in page and "steal" not in page and "hidden input" not in page
+        outside(page) == []
+        and page.count("<script") == 1
+        and "steal" not in page
+        and "hidden input" not in page
     )
     assert "&lt;script&gt;" in page and "Q &amp; A?" in page and "<i>yes" not in page, "texts are escaped"
     assert "Content-Security-Policy" in page and "default-src 'none'" in html.unescape(page)
     assert "widget-view" not in page and "widget-state" not in page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium; Debian: apt-get install chromium")
+def test_a_click_sorts_a_table_and_no_other_script_runs(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    report(
+        tmp_path,
+        "import pandas as pd; from surgpose.data.show import show_html, show_table",
+        "show_table(pd.DataFrame(dict(tool=['b', 'c', 'a', 'd'], AP=[9.5, 1000.25, None, -3.0])), 'Tools')",
+        "show_html('<p onclick=\"document.title = 1\" id=trap>press</p>', 'a trap')",
+    )
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.goto((tmp_path / "out" / "demo.html").as_uri())
+
+        def column() -> str:
+            return "".join(tab.locator("table.dataframe tbody tr td:first-child").all_inner_texts())
+
+        seen = [column()]
+        for _ in range(3):
+            tab.get_by_text("AP", exact=True).click()
+            seen.append(column())
+        assert seen == ["bcad", "dbca", "cbda", "bcad"]  # as it was, up, down, as it was; n/a stays last
+        tab.get_by_text("tool", exact=True).press("Enter")
+        assert column() == "abcd"
+        tab.locator("#trap").click()
+        assert tab.title() == "Demo"
+        browser.close()
 
 
 def test_frames_of_patients_stay_out_unless_asked_for(tmp_path):
@@ -173,7 +207,7 @@ def test_the_index_escapes_and_links(tmp_path):
     )
     write_json(out / "run.json", dict(profile="demo", video="/secret/place/<v>.mp4", phases=phases))
     page = write_index(out).read_text()
-    assert "a &amp; &lt;b&gt;" in page and "<script" not in page and "/secret/place" not in page
+    assert "a &amp; &lt;b&gt;" in page and page.count("<script") == 1 and "/secret/place" not in page
     assert "1 of 3 phases finished" in page and "did not finish" in page
     assert outside(page) == ["run.json"]
 
