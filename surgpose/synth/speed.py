@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['REFERENCE_SAMPLES', 'bench_scenes', 'draw_plain', 'draw_ours', 'psnr_db', 'compare_ways', 'speed_ratios', 'fig_speed',
-           'speed_verdict']
+__all__ = ['REFERENCE_SAMPLES', 'bench_scenes', 'draw_plain', 'draw_ours', 'psnr_db', 'compare_ways', 'speed_ratios',
+           'tracing_limit', 'fig_speed', 'speed_verdict']
 
 # %% ../../nbs/27_speed.ipynb #c005
 REFERENCE_SAMPLES = 24  # per pixel, in the pipeline that this project is measured against
@@ -124,7 +124,17 @@ def speed_ratios(
                               least=rows.least[slow] / rows.most[fast], most=rows.most[slow] / rows.least[fast])
                          for slow, fast in pairs])
 
-# %% ../../nbs/27_speed.ipynb #c024
+# %% ../../nbs/27_speed.ipynb #c025
+def tracing_limit(
+    table: pd.DataFrame,  # from `compare_ways`
+) -> tuple[float, float]:  # seconds an image of tracing in way c; b's seconds over these, infinite where the noise hides them
+    "Tell how much faster than the plain way a renderer could be at equal samples."
+    rows = table.set_index("way")
+    more = rows.samples["c"] - rows.samples["d"]
+    tracing = rows.samples["c"] * (rows.seconds["c"] - rows.seconds["d"]) / more if more else 0.0
+    return tracing, rows.seconds["b"] / tracing if tracing > 0 else float("inf")
+
+# %% ../../nbs/27_speed.ipynb #c028
 @style()
 def fig_speed(
     table: pd.DataFrame,  # from `compare_ways`
@@ -139,12 +149,14 @@ def fig_speed(
     ax.set(xlabel="seconds an image", title="a, b: a plain script, a process an image; c, d: this renderer")
     return fig
 
-# %% ../../nbs/27_speed.ipynb #c026
+# %% ../../nbs/27_speed.ipynb #c030
 def speed_verdict(
     table: pd.DataFrame,  # from `compare_ways`
 ) -> str:
     "Say what an image costs and what was gained."
     r, rows = speed_ratios(table).set_index("pair"), table.set_index("way")
     said = [f"{pair} {row.ratio:.1f}x [{row.least:.1f}, {row.most:.1f}]" for pair, row in r.iterrows()]
-    return (f"An image takes {rows.seconds['d']:.2f} s; {', '.join(said)}. PSNR against many samples: "
+    tracing, limit = tracing_limit(table)
+    why = f" Tracing is {tracing:.2f} s of c's {rows.seconds['c']:.2f} s, so no renderer could gain more than {limit:.1f}x on b at equal samples."
+    return (f"An image takes {rows.seconds['d']:.2f} s; {', '.join(said)}.{why if np.isfinite(limit) else ''} PSNR against many samples: "
             f"{rows.psnr_db['c']:.1f} dB at {rows.samples['c']} samples, {rows.psnr_db['d']:.1f} dB at {rows.samples['d']}.")
