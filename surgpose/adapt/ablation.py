@@ -18,10 +18,10 @@ from .change import clip_deltas
 from .gate import held_out_scores
 from .pseudo import (FILTERS, REASONS, Candidates, agreement, body_area, frame_states, make_table, poses_of,
                                    read_candidates)
+from .quality import RIGHT_OKS, match_tools, tools_by_frame
 from .refine import pseudo_dataset, refine
 from .review import apply_decisions, review_items
 from ..config import EvaluateConfig, RefineConfig, TrainConfig
-from ..data.coco import poses_by_image
 from ..data.show import CYCLE, new_figure
 from ..files import hash_data, read_json, sha256_file, utc_now, write_json
 from ..geometry import iou_xywh
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SCORES', 'TEMPORAL', 'RIGHT_OKS', 'NEAR_IOU', 'REVIEWED', 'make_rungs', 'restrict', 'play_review', 'label_precision',
+__all__ = ['SCORES', 'TEMPORAL', 'ACCEPT_OKS', 'NEAR_IOU', 'REVIEWED', 'make_rungs', 'restrict', 'play_review', 'label_precision',
            'run_ablation', 'ablation_rows', 'ablation_verdict', 'fig_ablation']
 
 # %% ../../nbs/50e_ablation.ipynb #c005
@@ -75,12 +75,7 @@ def _own_classes(found: Candidates, raw: Sequence[tuple[Frame, Poses]]) -> dict[
     return out
 
 # %% ../../nbs/50e_ablation.ipynb #c013
-RIGHT_OKS, NEAR_IOU = 0.85, 0.3
-
-
-def _truth_at(truth: dict) -> dict[int, Poses]:
-    ids, groups = {im["id"]: im["frame"] for im in truth["images"]}, poses_by_image(truth)
-    return {ids[i]: p for i, p in groups.items()}
+ACCEPT_OKS, NEAR_IOU = 0.85, 0.3
 
 
 def play_review(
@@ -92,7 +87,7 @@ def play_review(
     seed: int = 0,
 ) -> dict:  # decisions, as `standing` makes them
     "Let the truth decide on the most doubtful poses."
-    rng, labels, said = np.random.default_rng(seed), _truth_at(truth), {}
+    rng, labels, said = np.random.default_rng(seed), tools_by_frame(truth), {}
     for item in [i for i in review_items(found) if i.frame in labels][:n]:
         tools = labels[item.frame]
         alike = agreement(item.keypoints, tools.keypoints, body_area(tools.xywh_px))
@@ -100,7 +95,7 @@ def play_review(
         line = dict(video=item.video, frame=item.frame, track=item.track, by="person", bbox=item.xywh_px.tolist())
         best = int((alike + over).argmax()) if len(tools) else -1
         if best < 0 or over[best] < NEAR_IOU and alike[best] < 0.5: line["verdict"] = "reject"
-        elif alike[best] >= RIGHT_OKS and tools.category_id[best] == item.category_id: line["verdict"] = "accept"
+        elif alike[best] >= ACCEPT_OKS and tools.category_id[best] == item.category_id: line["verdict"] = "accept"
         else:
             kpts = tools.keypoints[best].copy()
             kpts[kpts[:, 2] > 0, :2] += rng.normal(0, click_px, (int((kpts[:, 2] > 0).sum()), 2))
@@ -113,16 +108,14 @@ def label_precision(
     found: Candidates,
     truth: dict,  # COCO labels of the video's frames
     *,
-    oks: float = 0.5,  # from which a label is right
-) -> float:  # share of the labels trained on that lie on a tool of their class; NaN where there are none
-    "Hold the accepted labels against the truth."
-    states, labels, right = frame_states(found), _truth_at(truth), []
-    for row, pose in zip((rows := found.table[found.table.kept]).itertuples(), poses_of(rows), strict=True):
-        if states[row.frame] != "kept" or row.frame not in labels: continue
-        tools = labels[row.frame]
-        tools = tools[tools.category_id == row.category_id]
-        right.append(len(tools) > 0 and agreement(pose.keypoints[0], tools.keypoints, body_area(tools.xywh_px)).max() >= oks)
-    return float(np.mean(right)) if right else float("nan")
+    oks: float = RIGHT_OKS,  # from which a label is right
+) -> float:  # share of the labels trained on that have a tool of their class to themselves; NaN where there are none
+    "Hold the accepted labels against the truth, one to one."
+    states, tools = frame_states(found), tools_by_frame(truth)
+    used = [f for f, state in states.items() if state == "kept" and f in tools]
+    labels = found.table[found.table.kept & found.table.frame.isin(used)]
+    right = [match_tools(poses_of(rows), tools[frame], oks) >= 0 for frame, rows in labels.groupby("frame")]
+    return float(np.concatenate(right).mean()) if right else float("nan")
 
 # %% ../../nbs/50e_ablation.ipynb #c021
 REVIEWED = "+ review of the {} worst"
@@ -166,14 +159,15 @@ def run_ablation(
     progress: bool = True,
 ) -> Path:  # ablation.json
     "Adapt a network from differently filtered labels, and measure what each filter adds."
-    cfg, train_cfg, out, pseudo = cfg or RefineConfig(), train_cfg or TrainConfig(), Path(out), Path(pseudo)
+    cfg, train_cfg, evaluate_cfg = cfg or RefineConfig(), train_cfg or TrainConfig(), evaluate_cfg or EvaluateConfig()
+    out, pseudo, renders = Path(out), Path(pseudo), Path(synthetic) / "coco_annotations.json"
     labels, raw, teacher = read_truth(Path(truth)), pseudo / "all" / "predictions.json", Path(teacher)
     if not isinstance(labels, dict): raise ValueError(f"{truth}: expected COCO labels of all keypoints, got tips alone")
     judge = judge or partial(_score, synthetic=synthetic, cfg=evaluate_cfg, target=video, truth=truth, device=device, progress=progress)
     seen = read_predictions(raw) if raw.is_file() else None
     variants = _variants(read_candidates(pseudo / "candidates.json"), seen, labels, rungs or make_rungs(), review)
-    start, rows = [sha256_file(teacher), sha256_file(truth), train_cfg.model_dump(mode="json"), cfg.model_dump(mode="json")], []
-    resamples = (evaluate_cfg or EvaluateConfig()).bootstrap
+    settings = [c.model_dump(mode="json") for c in (train_cfg, cfg, evaluate_cfg)]
+    start, rows = [*map(sha256_file, (teacher, truth, renders)), *settings], []
     before = _kept(out / "teacher.json", hash_data(start), lambda: judge(teacher, out / "teacher"))
     adapt = partial(refine, teacher, synthetic, train_cfg=train_cfg, refine_cfg=cfg, device=device, progress=progress,
                     gate=lambda weights, folder: before if weights == teacher else judge(weights, folder))
@@ -182,7 +176,7 @@ def run_ablation(
         right, labelled = label_precision(apply_decisions(found, said), labels), sha256_file(data / "coco_annotations.json")
         for seed in seeds:
             folder = out / f"rung_{n}_seed_{seed}"
-            learn = partial(_learn, adapt, rung, seed, data, folder, right, partial(_gain, labels, out / "teacher", resamples))
+            learn = partial(_learn, adapt, rung, seed, data, folder, right, partial(_gain, labels, out / "teacher", evaluate_cfg.bootstrap))
             rows.append(_kept(folder / "row.json", hash_data([*start, labelled, rung]), learn))
     done = dict(teacher=before, rows=rows, frames=len(labels["images"]), video=Path(video).name, review=review,
                 config=cfg.model_dump(mode="json"), weights_sha256=start[0], finished=utc_now())

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from .pseudo import REASONS, Candidates, agreement, body_area, poses_of
-from .track import assign
 from ..data.coco import poses_by_image
 from ..data.show import CYCLE, new_figure
 from ..pose.judge import bootstrap
@@ -23,10 +22,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['RIGHT_OKS', 'RULES', 'judge_poses', 'quality_curve', 'doubt_worth', 'fig_quality', 'quality_verdict']
+__all__ = ['RIGHT_OKS', 'RULES', 'match_tools', 'tools_by_frame', 'judge_poses', 'quality_curve', 'doubt_worth', 'fig_quality',
+           'quality_verdict']
 
 # %% ../../nbs/40d_quality.ipynb #c005
 RIGHT_OKS = 0.5
+
+
+def match_tools(
+    poses: Poses,  # of one frame
+    tools: Poses,  # the truth of that frame
+    right_oks: float = RIGHT_OKS,
+    *,
+    rank: np.ndarray | None = None,  # (N,) who chooses first; the score when absent
+) -> np.ndarray:  # (N,) number of the tool that a pose has found, -1 for none; no tool twice
+    "Let poses choose their tools in turn, each the one it agrees with best."
+    taken, out = np.zeros(len(tools), bool), np.full(len(poses), -1)
+    area = body_area(tools.xywh_px)
+    for i in np.argsort(-(poses.score if rank is None else np.asarray(rank)), kind="stable"):
+        alike = agreement(poses.keypoints[i], tools.keypoints, area)
+        alike = np.where(taken | (tools.category_id != poses.category_id[i]), 0, alike)
+        if len(tools) and alike.max() >= right_oks:
+            out[i] = alike.argmax()
+            taken[out[i]] = True
+    return out
+
+# %% ../../nbs/40d_quality.ipynb #c009
+def tools_by_frame(
+    truth: dict,  # COCO labels of a video, images with `frame`
+) -> dict[int, Poses]:  # frame number -> tools with at least one labelled point
+    "Sort the true tools by frame number."
+    number = {im["id"]: im["frame"] for im in truth["images"]}
+    return {number[i]: p[(p.keypoints[..., 2] > 0).any(1)] for i, p in poses_by_image(truth).items()}
 
 
 def judge_poses(
@@ -34,33 +61,25 @@ def judge_poses(
     truth: dict,  # COCO labels of the video, images with `frame`
     *,
     right_oks: float = RIGHT_OKS,
-) -> tuple[pd.DataFrame, dict[int, int]]:  # rows of the table with `right`; and frame -> tools there are to find
+) -> tuple[pd.DataFrame, dict[int, Poses]]:  # rows of the table with `right`; and the tools there are to find by frame
     "Hold every detection against the truth."
-    tools = _tools_by_frame(truth)
+    tools = tools_by_frame(truth)
     tools = {f.index: tools[f.index] for f in found.frames if f.index in tools}
     if not tools:
         raise ValueError(f"judge_poses: none of {len(found.frames)} frames is among the {len(truth['images'])} "
                          "labelled ones; are they of the same video?")
     alone = np.array(["duplicate" not in names for names in found.table.reasons], bool)
-    rows = found.table[alone & (found.table.score > 0) & found.table.frame.isin(tools)].copy()
-    rows["right"] = False
+    rows = found.table[alone & (found.table.score > 0) & found.table.frame.isin(tools)]
+    return rows.assign(right=_right(rows, tools, right_oks, rows.score + 2 * rows.kept)), tools
+
+
+def _right(rows: pd.DataFrame, tools: dict[int, Poses], right_oks: float, rank: pd.Series) -> np.ndarray:
+    right = pd.Series(False, rows.index)
     for frame, group in rows.groupby("frame"):
-        rows.loc[group.index[[i for i, _ in _matches(group, tools[frame], right_oks)]], "right"] = True
-    return rows, {frame: len(t) for frame, t in tools.items()}
+        right[group.index] = match_tools(poses_of(group), tools[frame], right_oks, rank=rank[group.index]) >= 0
+    return right.to_numpy()
 
-
-def _tools_by_frame(truth: dict) -> dict[int, Poses]:
-    number = {im["id"]: im["frame"] for im in truth["images"]}
-    return {number[i]: p[(p.keypoints[..., 2] > 0).any(1)] for i, p in poses_by_image(truth).items()}
-
-
-def _matches(rows: pd.DataFrame, tools: Poses, right_oks: float) -> list[tuple[int, int]]:
-    poses = poses_of(rows)
-    alike = np.array([agreement(k, tools.keypoints, body_area(tools.xywh_px)) for k in poses.keypoints])
-    alike = alike.reshape(len(poses), len(tools))
-    return assign(alike * (alike >= right_oks) * (poses.category_id[:, None] == tools.category_id[None]))
-
-# %% ../../nbs/40d_quality.ipynb #c010
+# %% ../../nbs/40d_quality.ipynb #c014
 RULES = ("score alone", "score and doubts")
 
 
@@ -75,13 +94,14 @@ def quality_curve(
     "Measure pseudo-labels at every threshold."
     rows, tools = judge_poses(found, truth, right_oks=right_oks)
     free = np.array([not set(names) - {"low_score"} for names in rows.reasons], bool)
-    at = rows.frame.map({frame: i for i, frame in enumerate(tools)}).to_numpy(int)
-    out = []
-    for rule, allowed in zip(RULES, (np.ones(len(rows), bool), free), strict=True):
+    there, out = [len(t) for t in tools.values()], []
+    for rule, mine in zip(RULES, (rows, rows[free]), strict=True):
+        at = mine.frame.map({frame: i for i, frame in enumerate(tools)}).to_numpy(int)
+        right = _right(mine, tools, right_oks, mine.score)
         for threshold in thresholds:
-            label = allowed & (rows.score >= threshold).to_numpy(bool)
-            per_frame = np.stack([np.bincount(at[label], minlength=len(tools)), list(tools.values()),
-                                  np.bincount(at[label & rows.right.to_numpy(bool)], minlength=len(tools))], 1)
+            label = (mine.score >= threshold).to_numpy(bool)
+            per_frame = np.stack([np.bincount(at[label], minlength=len(tools)), there,
+                                  np.bincount(at[label & right], minlength=len(tools))], 1)
             value = partial(_shares, per_frame)
             ends = bootstrap(value, len(tools), resamples)
             row = dict(rule=rule, threshold=threshold, labels=int(label.sum()), right=int(per_frame[:, 2].sum()))
@@ -95,7 +115,7 @@ def _shares(per_frame: np.ndarray, frames: np.ndarray) -> dict[str, float]:
     labels, tools, right = per_frame[frames].sum(0)
     return dict(precision=right / labels if labels else float("nan"), recall=right / tools if tools else float("nan"))
 
-# %% ../../nbs/40d_quality.ipynb #c015
+# %% ../../nbs/40d_quality.ipynb #c019
 def doubt_worth(
     found: Candidates,
     truth: dict,  # COCO labels of the video, images with `frame`
@@ -111,7 +131,7 @@ def doubt_worth(
         if n or name == "none": out.append((name, n, wrong, wrong / n if n else np.nan, REASONS.get(name, "kept as a label")))
     return pd.DataFrame(out, columns=["doubt", "poses", "wrong", "share", "meaning"])
 
-# %% ../../nbs/40d_quality.ipynb #c019
+# %% ../../nbs/40d_quality.ipynb #c023
 def fig_quality(
     curve: pd.DataFrame,  # from `quality_curve`
     chosen: float | None = None,  # the threshold in use
@@ -129,7 +149,7 @@ def fig_quality(
     axes[0].legend()
     return fig
 
-# %% ../../nbs/40d_quality.ipynb #c020
+# %% ../../nbs/40d_quality.ipynb #c024
 def quality_verdict(
     curve: pd.DataFrame,  # from `quality_curve`
     chosen: float,  # the threshold in use
