@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import project_root
-from .files import atomic_write, code_hash
+from .files import atomic_write, code_hash, read_json, write_json
 from .page import _no_script_tags, fill_page
 
 if TYPE_CHECKING:
     import nbformat
 
 # %% auto #0
-__all__ = ['GROUPS', 'SHEET', 'CONTENTS', 'Page', 'group_of', 'list_pages', 'doc_page', 'write_docs']
+__all__ = ['GROUPS', 'SHEET', 'CONTENTS', 'LIST', 'Page', 'group_of', 'list_pages', 'doc_page', 'write_docs']
 
 # %% ../nbs/91d_docs.ipynb #c005
 @dataclass(frozen=True)
@@ -112,6 +112,16 @@ def doc_page(
     return fill_page(SHEET, title=page.title, ways=ways, page=page, body=Markup(colours + _linked(_no_script_tags(body), pages)))
 
 # %% ../nbs/91d_docs.ipynb #c018
+LIST = ".pages.json"  # the pages that an earlier call wrote
+
+def _claim(out: Path, names: set[str]) -> set[str]:
+    listed = out / LIST
+    if not listed.is_file() and any(out.glob("*.html")):
+        raise ValueError(f"{out}: expected a new folder, or one that surgpose docs wrote, got other pages; choose another")
+    old = set(read_json(listed)) if listed.is_file() else set()
+    write_json(listed, sorted(old | names))  # before the first page, so that a broken-off call is known too
+    return old
+
 def write_docs(
     out: Path | str | None = None,  # folder; _docs of the checkout when absent
     nbs: Path | None = None,  # folder of notebooks; nbs/ of the checkout when absent
@@ -120,7 +130,10 @@ def write_docs(
     from tqdm import tqdm
     out, pages = Path(out or project_root() / "_docs"), list_pages(nbs)
     if not pages: raise FileNotFoundError(f"{nbs}: expected notebooks, there are none")
+    names = {"index.html", *(f"{p.name}.html" for p in pages)}
+    gone = _claim(out, names) - names
     for page in tqdm(pages, desc="pages", delay=2): atomic_write(out / f"{page.name}.html", doc_page(page, pages))
-    for old in set(out.glob("*.html")) - {out / f"{p.name}.html" for p in pages}: os.unlink(old)
+    for old in (p for p in out.glob("*.html") if p.name in gone): os.unlink(old)
+    write_json(out / LIST, sorted(names))
     groups = [(heading, [p for p in pages if group_of(p) == key]) for key, heading in GROUPS.items()]
     return atomic_write(out / "index.html", fill_page(CONTENTS, title="surgpose: the notebooks", code=code_hash(), groups=[g for g in groups if g[1]]))
