@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -32,7 +32,7 @@ def atomic_path(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = f"{os.getpid()}-{os.urandom(4).hex()}"
-    tmp = path.with_name(f".{path.stem[:80]}.{token}.tmp{path.suffix}")
+    tmp = path.with_name(f".{token}.tmp{path.suffix[-20:]}")  # not the stem: 255 bytes are soon full in some scripts
     try:
         yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
@@ -76,21 +76,31 @@ def read_json(
         raise ValueError(f"{path} line {e.lineno} column {e.colno}: expected JSON, {e.msg}") from None
     except UnicodeDecodeError as e: raise ValueError(f"{path}: expected JSON in UTF-8, {e.reason} at byte {e.start}") from None
 
-# %% ../nbs/02_files.ipynb #c013
+# %% ../nbs/02_files.ipynb #c014
+def _cut_torn(file: BinaryIO) -> None:
+    "Remove a last line without an end."
+    if not file.seek(0, os.SEEK_END): return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n": return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+
+# %% ../nbs/02_files.ipynb #c015
 def append_jsonl(
     path: Path | str,
     *rows: dict,  # one line each; they go out in one piece
 ) -> None:
-    "Append lines and see them onto the disk."
+    "Append lines and see them onto the disk; a last line that a crash cut short goes."
     path = Path(path)
     text = "".join(json.dumps(row, default=_plain, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
     if not rows: return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f:
+    with open(path, "ab+") as f:
+        _cut_torn(f)
         f.write(text.encode())
         f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/02_files.ipynb #c014
+# %% ../nbs/02_files.ipynb #c016
 def read_jsonl(
     path: Path | str,
 ) -> list[dict]:  # the rows; empty when there is no such file
@@ -104,14 +114,14 @@ def read_jsonl(
         except ValueError as e: raise ValueError(f"{path} line {number}: expected JSON, {e}") from None
     return rows
 
-# %% ../nbs/02_files.ipynb #c018
+# %% ../nbs/02_files.ipynb #c020
 def sha256_file(
     path: Path | str,
 ) -> str:  # hex digest
     "Hash a file's bytes."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/02_files.ipynb #c019
+# %% ../nbs/02_files.ipynb #c021
 def hash_data(
     data: Any,  # JSON-able
 ) -> str:  # 16 hex digits
@@ -119,7 +129,7 @@ def hash_data(
     text = json.dumps(data, sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/02_files.ipynb #c020
+# %% ../nbs/02_files.ipynb #c022
 def code_hash(
     root: Path | None = None,  # package folder; surgpose itself when absent
 ) -> str:  # 16 hex digits
@@ -128,10 +138,10 @@ def code_hash(
     files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py")
     return hash_data([(p.relative_to(root).as_posix(), sha256_file(p)) for p in files])
 
-# %% ../nbs/02_files.ipynb #c021
+# %% ../nbs/02_files.ipynb #c023
 PACKAGES = ("surgpose", "numpy", "opencv-python", "bpy", "blenderproc", "torch", "ultralytics", "pycocotools")
 
-# %% ../nbs/02_files.ipynb #c022
+# %% ../nbs/02_files.ipynb #c024
 def versions() -> dict[str, str]:  # package -> version, or "absent"
     "Tell which versions produced a result."
     def of(name: str) -> str:
@@ -139,15 +149,15 @@ def versions() -> dict[str, str]:  # package -> version, or "absent"
         except PackageNotFoundError: return "absent"
     return {name: of(name) for name in PACKAGES}
 
-# %% ../nbs/02_files.ipynb #c023
+# %% ../nbs/02_files.ipynb #c025
 def utc_now() -> str:  # like 2026-11-21T08:30:00+00:00
     "Tell the time in a form that no locale changes."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../nbs/02_files.ipynb #c027
+# %% ../nbs/02_files.ipynb #c029
 MANIFEST = "manifest.json"
 
-# %% ../nbs/02_files.ipynb #c028
+# %% ../nbs/02_files.ipynb #c030
 def write_manifest(
     folder: Path | str,
     facts: dict,  # what made the folder: config, seed, ...
@@ -160,7 +170,7 @@ def write_manifest(
     names = sorted(Path(f).as_posix() for f in files if Path(f).name != MANIFEST)
     return write_json(folder / MANIFEST, {**facts, "versions": versions(), "files": {n: sha256_file(folder / n) for n in names}})
 
-# %% ../nbs/02_files.ipynb #c029
+# %% ../nbs/02_files.ipynb #c031
 def check_manifest(
     folder: Path | str,
 ) -> list[str]:  # one line per file that is missing or differs; empty when all is well
@@ -171,7 +181,7 @@ def check_manifest(
     return missing + [f"{n}: differs from the manifest" for n, digest in expected.items()
                       if (folder / n).is_file() and sha256_file(folder / n) != digest]
 
-# %% ../nbs/02_files.ipynb #c033
+# %% ../nbs/02_files.ipynb #c035
 @contextmanager
 def lock_folder(
     folder: Path | str,
@@ -192,7 +202,7 @@ def lock_folder(
         owner.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/02_files.ipynb #c037
+# %% ../nbs/02_files.ipynb #c039
 def safe_join(
     root: Path | str,  # the folder to stay in
     name: str,  # a relative path from a file we did not write

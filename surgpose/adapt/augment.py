@@ -166,10 +166,7 @@ def _read(source: Path | str, wanted: dict[int, Poses], stride: int) -> Sequence
 
 def _known(path: Path, key: str) -> dict[int, dict]:
     lines = read_jsonl(path)
-    if lines and lines[0].get("depends_on") == key:
-        whole = path.read_bytes()
-        if not whole.endswith(b"\n"): path.write_bytes(whole[: whole.rfind(b"\n") + 1])  # a line that a crash cut short
-        return {line["frame"]: line for line in lines[1:]}
+    if lines and lines[0].get("depends_on") == key: return {line["frame"]: line for line in lines[1:]}
     path.unlink(missing_ok=True)
     append_jsonl(path, dict(depends_on=key))
     return {}

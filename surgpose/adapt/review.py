@@ -18,7 +18,7 @@ from .decisions import (VERDICTS, Key, key_of, read_decisions, seconds_per_item,
                                       taken_back, undo_stacks)
 from .edit import check_fix, editable, move_point, set_visibility, swap_jaws
 from .pseudo import Candidates, is_settled, make_table
-from ..files import append_jsonl, atomic_write, utc_now
+from ..files import append_jsonl, utc_now
 from ..geometry import box_of_keypoints
 from ..schema import Frame, class_name
 
@@ -83,7 +83,6 @@ class ReviewState:
         self._tracks: dict[tuple[str, int], list[ReviewItem]] = {}
         for item in (*self.items, *self.sure): self._tracks.setdefault((item.video, item.track), []).append(item)
         self._settled: tuple[int, dict[Key, dict]] = (-1, {})
-        _mend(self.path)
 
     @property
     def decisions(self) -> dict[Key, dict]:
@@ -235,12 +234,6 @@ def _seen_alike(own: np.ndarray, model: np.ndarray) -> np.ndarray:
     hidden = (own[:, 2] > 0) & (model[:, 2] < 2)
     out[hidden, 2] = model[hidden, 2]
     return out
-
-
-def _mend(path: Path) -> None:
-    data = path.read_bytes() if path.is_file() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data: atomic_write(path, whole)  # a crash cut the last line short
 
 # %% ../../nbs/42_review.ipynb #c023
 def place_decisions(
