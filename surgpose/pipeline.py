@@ -125,7 +125,7 @@ def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Adapt the teacher to the video, in one round or several."
     from surgpose.adapt.rounds import refine_rounds
     def propose(weights: Path, out: Path) -> Path:
-        propose_labels(job.video, weights, out, job.cfg.pseudo, job.cfg.track, decisions=job.out / "pseudo" / "decisions.jsonl",
+        propose_labels(job.video, weights, out, job.cfg.pseudo, job.cfg.track, decisions=_decisions(job),
                        base=job.cfg.predict, device=job.cfg.device)
         return out / "dataset"
     out = refine_rounds(best_weights(job.out / "teacher"), job.out / "synthetic", job.out / "pseudo" / "dataset",
@@ -156,14 +156,18 @@ def report_phase(
     return stamp["numbers"]
 
 # %% ../nbs/90_pipeline.ipynb #c021
-def _notebook(job: Job, name: str) -> tuple[Path]:
-    return (project_root() / "nbs" / "reports" / f"{name}.ipynb",)
+def _decisions(job: Job) -> Path:
+    return job.out / "pseudo" / "decisions.jsonl"
+
+def _report_inputs(job: Job, name: str) -> tuple[Path, ...]:
+    notebook = project_root() / "nbs" / "reports" / f"{name}.ipynb"
+    return (notebook, _decisions(job)) if name == "40_review" else (notebook,)
 
 # %% ../nbs/90_pipeline.ipynb #c022
 def _report(name: str, *needs: str) -> Phase:
     code = ("data", "pose", "adapt", "synth", "report", "page", "measure")
     return Phase(name, partial(report_phase, name=name), needs=needs, makes=(f"{name}.html",), sections=("report",),
-                 code=code, inputs=partial(_notebook, name=name), group="reports")
+                 code=code, inputs=partial(_report_inputs, name=name), group="reports")
 
 # %% ../nbs/90_pipeline.ipynb #c024
 _GROUND = ("schema", "geometry", "data/coco")
@@ -180,13 +184,14 @@ PHASES: tuple[Phase, ...] = (
     Phase("predict", predict_phase, needs=("train",), makes=("predictions/predictions.json",), sections=("predict",),
           inputs=lambda job: (job.video,), clears=("predictions",),
           code=(*_GROUND, "data/draw", "data/video", "data/packets", "data/join", "pose/predict", "pose/openvino", "pose/record")),
-    Phase("pseudo", pseudo_phase, needs=("train",), makes=("pseudo/candidates.json", "pseudo/counts.json"),
+    Phase("pseudo", pseudo_phase, needs=("train",),
+          makes=("pseudo/candidates.json", "pseudo/counts.json", "pseudo/dataset/coco_annotations.json"),
           sections=("pseudo", "track", "predict"), clears=("pseudo/all", "pseudo/dataset"),
-          inputs=lambda job: (job.video, job.out / "pseudo" / "decisions.jsonl"),
+          inputs=lambda job: (job.video, _decisions(job)),
           code=(*_GROUND, "data/video", "data/packets", "pose/predict", "pose/openvino", "pose/record", "adapt")),
     Phase("refine", refine_phase, needs=("render", "train", "pseudo"), makes=("refined/refine.json",),
           sections=("train", "refine", "evaluate", "seed"), clears=("refined",),
-          inputs=lambda job: (job.video, job.truth),
+          inputs=lambda job: (job.video, job.truth, _decisions(job) if job.cfg.refine.rounds > 1 else None),
           code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train", "adapt")),
     Phase("compare", compare_phase, needs=("render", "evaluate", "predict", "refine"), makes=("compare.json",),
           sections=("evaluate", "predict"), inputs=lambda job: (job.video, job.truth), clears=("predictions_refined",),

@@ -21,16 +21,20 @@ import av
 import numpy as np
 import psutil
 import pytest
+from conftest import film_scripted
 
-from surgpose.adapt.pseudo import candidates, write_candidates
+from surgpose.adapt.pseudo import candidates, read_candidates, write_candidates
+from surgpose.adapt.review import ReviewState, review_items
+from surgpose.adapt.scripted import scripted_clip
 from surgpose.adapt.track import follow
 from surgpose.cli import main
 from surgpose.config import PredictConfig, PseudoConfig, TrackConfig, profile
 from surgpose.data.video import read_video, video_info, write_video
 from surgpose.docs import write_docs
-from surgpose.engine import Job, Phase, run_phases
+from surgpose.engine import Job, Phase, fingerprint, run_phases
 from surgpose.files import atomic_write, read_json, read_jsonl, utc_now, write_json
-from surgpose.pose.predict import predict
+from surgpose.pipeline import PHASES
+from surgpose.pose.predict import predict, write_predictions
 from surgpose.report import run_report
 from surgpose.schema import Poses
 from surgpose.sweep import read_matrix, sweep
@@ -193,6 +197,38 @@ def test_a_run_that_is_told_to_stop_writes_record_and_index(tmp_path, number, co
     assert record["ok"] is False and record["phases"]["draw"]["status"] == "running" and record["ended"]
     assert "did not finish" in (run.out / "index.html").read_text()
     assert not (run.out / ".lock.owner").exists() and not list(run.out.rglob("*.tmp*"))
+
+
+# What a person says
+
+
+def test_what_a_person_corrects_reaches_what_learns_from_it(tmp_path, monkeypatch):
+    "A moved point changes no candidate and no count; it refines again all the same."
+
+    def look(source, out, *args, **kwargs):
+        write_predictions(Path(out) / "predictions.json", scripted_clip(20))
+
+    monkeypatch.setattr("surgpose.pose.predict.predict", look)
+    job = Job(profile("demo"), tmp_path / "run", film_scripted(tmp_path / "scripted.mp4", samples=20))
+    for name in ("best.pt", "../provenance.json"):
+        atomic_write((job.out / "teacher" / "weights" / name).resolve(), "{}")
+
+    def readers() -> dict[str, str]:
+        "What the readers of the labels depend on, after the phase that writes them."
+        assert run_phases(PHASES, job, only=["pseudo"])
+        phases = [p for p in PHASES if p.name in ("refine", "30_train", "40_review")]
+        return {p.name: fingerprint(p, job, PHASES) for p in phases}
+
+    files = [job.out / "pseudo" / name for name in ("candidates.json", "counts.json")]
+    before, told = readers(), [p.read_bytes() for p in files]
+    assert readers() == before
+    items = review_items(read_candidates(files[0]), everything=True)
+    review = ReviewState(items, job.out / "pseudo" / "decisions.jsonl")
+    sure = next(i for i in range(len(items)) if not items[i].reasons)
+    review.move_point(sure, 0, (321.0, 123.0))
+    after = readers()
+    assert [p.read_bytes() for p in files] == told
+    assert {name for name in before if before[name] != after[name]} == {"refine", "40_review"}
 
 
 # Machines that say no
