@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 
 from .edit import check_fix
-from ..files import atomic_write, read_jsonl
+from .pseudo import agreement, body_area
+from ..files import atomic_write, read_jsonl, utc_now
 from ..geometry import box_of_keypoints, iou_xywh
 from ..schema import CLASSES
 
 # %% auto #0
-__all__ = ['Key', 'VERDICTS', 'PAUSE_S', 'key_of', 'standing', 'read_decisions', 'settle', 'undo_stacks', 'taken_back',
+__all__ = ['Key', 'VERDICTS', 'PAUSE_S', 'key_of', 'standing', 'read_decisions', 'box_of', 'settle', 'undo_stacks', 'taken_back',
            'seconds_per_item', 'reviewers', 'merge_lines', 'disagreements', 'merge_decisions']
 
 # %% ../../nbs/42b_decisions.ipynb #c005
@@ -38,7 +39,7 @@ def key_of(
 
 def standing(
     lines: Sequence[dict],  # of decisions.jsonl, oldest first
-) -> dict[Key, dict]:  # key -> the line that rules; keys without a word are absent
+) -> dict[Key, dict]:  # key -> the line that rules, the newest word last; keys without a word are absent
     "Find the decisions that stand."
     last: dict[tuple[bool, str, Key], dict] = {}  # in the order of the last words
     for line in lines:
@@ -47,8 +48,10 @@ def standing(
         last[speaker] = line
     out = {}
     for person in (False, True):
-        out |= {key: line for (by_person, _, key), line in last.items()
-                if by_person == person and line["verdict"] != "open"}
+        for (by_person, _, key), line in last.items():
+            if by_person != person or line["verdict"] == "open": continue
+            out.pop(key, None)
+            out[key] = line
     return out
 
 # %% ../../nbs/42b_decisions.ipynb #c008
@@ -61,6 +64,17 @@ def read_decisions(
     return lines
 
 # %% ../../nbs/42b_decisions.ipynb #c009
+def _check_place(line: dict, where: str) -> None:
+    try: datetime.fromisoformat(line.get("at", "2000-01-01"))
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected a time like {utc_now()} in at, got {line['at']!r}") from None
+    if line.get("bbox") is None: return
+    try: box = np.array(line["bbox"], float)
+    except (TypeError, ValueError): box = np.zeros(0)
+    if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] < 0).any():
+        raise ValueError(f"{where}: expected bbox as x, y, width and height in px, got {line['bbox']!r}")
+
+
 def _check_line(line: object, where: str) -> None:
     if not isinstance(line, dict): raise ValueError(f"{where}: expected a decision, got {line!r}")
     missing = {"video", "frame", "track", "verdict", "by"} - line.keys()
@@ -71,34 +85,46 @@ def _check_line(line: object, where: str) -> None:
             raise ValueError(f"{where}: expected {name} as {kind.__name__}, got {line[name]!r}")
     if line["verdict"] not in VERDICTS:
         raise ValueError(f"{where}: expected a verdict of {', '.join(VERDICTS)}, got {line['verdict']!r}")
+    _check_place(line, where)
     if line["verdict"] != "fix" and (line["verdict"] != "accept" or line.get("keypoints") is None): return
     check_fix(line.get("keypoints"), where)
     if line.get("category_id") not in (None, *range(1, len(CLASSES) + 1)):
         raise ValueError(f"{where}: expected category_id 1..{len(CLASSES)}, got {line['category_id']!r}")
 
 # %% ../../nbs/42b_decisions.ipynb #c013
+def box_of(
+    line: dict,  # of decisions.jsonl
+) -> list[float] | None:  # x, y, width and height in px; None for a line that does not tell
+    "Find where the pose was that a line is about."
+    if line.get("bbox") is not None: return line["bbox"]
+    return list(box_of_keypoints(check_fix(line["keypoints"]), 0.12)) if line.get("keypoints") else None
+
+
 def settle(
     decisions: dict[Key, dict],  # as `standing` makes them
     places: dict[Key, np.ndarray],  # key -> (4,) box of a pose in px, as poses are now
+    points: dict[Key, np.ndarray] | None = None,  # key -> its (5, 3) points, for tools that a person drew
 ) -> tuple[dict[Key, dict], list[dict]]:  # decisions under the keys of poses that are there, and those without a pose
     "Find the pose that each decision is about."
-    placed = {key: said for key, said in decisions.items() if key in places and _overlap(said, places[key]) > 0.5}
-    taken, frames, lost = set(placed), {}, []
+    placed, frames, lost = {}, {}, []
     for key in places: frames.setdefault(key[:2], []).append(key)
     for key, said in decisions.items():
-        if key in taken: continue
-        near = {other: _overlap(said, places[other]) for other in frames.get(key[:2], ()) if "bbox" in said}
+        near = {other: (_overlap(said, places[other], (points or {}).get(other), other == key), other == key)
+                for other in frames.get(key[:2], ())}
         best = max(near, key=near.get, default=None)
-        if best is None or near[best] <= 0.5: lost.append(said)
-        elif best not in taken: placed[best] = said
+        if best is None or near[best][0] <= 0.5: lost.append(said)
+        else: placed[best] = said
     return placed, lost
 
 
-def _overlap(said: dict, xywh_px: np.ndarray) -> float:
-    if "bbox" not in said: return 1.0
-    boxes = [said["bbox"]]
+def _overlap(said: dict, xywh_px: np.ndarray, kpts: np.ndarray | None, named: bool) -> float:
+    box = box_of(said)
+    if box is None: return float(named)
+    if said.get("drawn") and said.get("keypoints") and kpts is not None:
+        return float(agreement(check_fix(said["keypoints"]), kpts[None], body_area([box]))[0])
+    boxes = [box]
     if said["verdict"] == "fix" and said.get("keypoints"): boxes.append(box_of_keypoints(check_fix(said["keypoints"]), 0.12))
-    return float(iou_xywh(boxes, [xywh_px]).max())
+    return float(iou_xywh(boxes, [xywh_px]).max().round(2))
 
 # %% ../../nbs/42b_decisions.ipynb #c017
 def undo_stacks(
@@ -206,7 +232,12 @@ def merge_decisions(
     paths = [Path(p) for p in paths]
     absent = [p for p in paths if not p.is_file()]
     if absent: raise FileNotFoundError(f"{absent[0]}: expected a file of decisions, there is none")
-    names = [p.stem if len({q.stem for q in paths}) == len(paths) else p.resolve().parent.name for p in paths]
-    lines = merge_lines([(n, read_decisions(p)) for n, p in zip(names, paths, strict=True)])
+    lines = merge_lines([(n, read_decisions(p)) for n, p in zip(_names(paths), paths, strict=True)])
     atomic_write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return disagreements(lines)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    whole = [p.resolve() for p in paths]
+    parts = zip(*([p.stem, *(q.name for q in p.parents)] for p in whole), strict=False)
+    return next((list(names) for names in parts if len(set(names)) == len(paths)), [f"person {n}" for n, _ in enumerate(paths, 1)])

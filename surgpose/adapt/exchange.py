@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 import cv2
 import numpy as np
 
+from .decisions import Key
 from .review import ReviewItem, ReviewState
 from ..data.cvat import cvat_labels, read_cvat_skeletons, write_cvat_skeletons
 from ..files import atomic_write, read_json, write_json
@@ -84,14 +85,15 @@ def take_back(
     sent: Sequence[dict],  # all poses, as `send_frames` made them
     came: dict[str, Sequence[dict]],  # picture's name -> poses on it; a picture that is not here was not looked at
     tolerance_px: float = 0.6,  # a point that moved less was not moved
-) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were left out
+) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were added
     "Turn what another tool made of the poses into decisions, in one action."
+    strange = sorted(set(came) - {row["name"] for row in sent})
+    if strange: raise ValueError(f"take_back: expected pictures that were sent, got {strange[0]}; was another folder sent?")
     known = {item.key: item for item in (*state.items, *state.sure)}
     decided, words, tally = state.decisions, [], Counter(accept=0, fix=0, reject=0, new=0)
     for name, poses in came.items():
         rows = [row for row in sent if row["name"] == name]
         pairs = pair_up(rows, poses)
-        tally["new"] += len(poses) - sum(pose is not None for pose in pairs)
         for row, pose in zip(rows, pairs, strict=True):
             item = known.get((row["video"], row["frame"], row["track"]))
             verdict = _verdict(row, pose, tolerance_px)
@@ -99,8 +101,26 @@ def take_back(
             tally[verdict] += 1
             if verdict == "accept" and item.key in decided: continue  # what was sent stands already
             words.append((item, verdict, pose["keypoints"], pose["category_id"]) if verdict == "fix" else (item, verdict, None, None))
+        new = [p for p in poses if p["keypoints"][:, 2].any() and not any(p is pair for pair in pairs)]
+        words += _drawn(rows[0], new, decided, known, tolerance_px)
+        tally["new"] += len(new)
     state.say_all(words)
     return dict(tally)
+
+
+def _drawn(row: dict, new: Sequence[dict], decided: dict[Key, dict], known: dict[Key, ReviewItem], tolerance_px: float) -> list[tuple]:
+    earlier = [line for key, line in decided.items() if line.get("drawn") and key[:2] == (row["video"], row["frame"])]
+    free, words = 1 + max(key[2] for key in (*known, *decided)), []
+    same = pair_up(earlier, new)
+    for pose in new:
+        was = next((line for line, pair in zip(earlier, same, strict=True) if pair is pose), None)
+        if was and _verdict(was, pose, tolerance_px) == "accept": continue  # it was added already
+        track, free = (was["track"], free) if was else (free, free + 1)
+        t_s = next(item.t_s for item in known.values() if item.key[:2] == (row["video"], row["frame"]))
+        item = ReviewItem(row["video"], row["frame"], track, t_s, pose["category_id"], 0.0, np.array(box_of_keypoints(pose["keypoints"], 0.12)),
+                          pose["keypoints"], (), tuple(row["size"]))
+        words.append((item, "fix", pose["keypoints"], pose["category_id"]))
+    return words
 
 
 def _verdict(row: dict, pose: dict | None, tolerance_px: float) -> str:
@@ -111,7 +131,7 @@ def _verdict(row: dict, pose: dict | None, tolerance_px: float) -> str:
     near = np.abs(before[seen, :2] - after[seen, :2]).max(initial=0) <= tolerance_px
     return "accept" if same and near else "fix"
 
-# %% ../../nbs/42c_exchange.ipynb #c017
+# %% ../../nbs/42c_exchange.ipynb #c020
 def send_to_cvat(
     folder: Path | str,  # where the files go
     state: ReviewState,
@@ -127,17 +147,17 @@ def send_to_cvat(
     write_json(Path(folder) / "labels.json", cvat_labels())
     return write_cvat_skeletons(Path(folder) / "annotations.xml", dict(images=pictures, annotations=tools))
 
-# %% ../../nbs/42c_exchange.ipynb #c018
+# %% ../../nbs/42c_exchange.ipynb #c021
 def take_from_cvat(
     folder: Path | str,  # what `send_to_cvat` wrote
     xml: Path | str,  # CVAT 1.1 for images
     state: ReviewState,
-) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were left out
+) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were added
     "Take what was corrected in CVAT as decisions."
     came = {Path(image["file_name"]).name: image["poses"] for image in read_cvat_skeletons(xml)}
     return take_back(state, read_json(Path(folder) / "poses.json"), came)
 
-# %% ../../nbs/42c_exchange.ipynb #c025
+# %% ../../nbs/42c_exchange.ipynb #c028
 def label_studio_labels() -> str:  # XML
     "Describe tools and keypoints to Label Studio."
     view = Element("View")
@@ -151,7 +171,7 @@ def label_studio_labels() -> str:  # XML
     indent(view)
     return tostring(view, encoding="unicode")
 
-# %% ../../nbs/42c_exchange.ipynb #c026
+# %% ../../nbs/42c_exchange.ipynb #c029
 def _regions(row: dict) -> list[dict]:
     (w, h), name, (x, y, bw, bh) = row["size"], f"t{row['track']}", row["bbox"]
     fixed = dict(to_name="image", original_width=w, original_height=h, image_rotation=0)
@@ -165,7 +185,7 @@ def _regions(row: dict) -> list[dict]:
         if v == 1: out.append(dict(same, from_name="seen", type="choices", value=at(x, y) | dict(width=0.6, choices=["hidden"])))
     return out
 
-# %% ../../nbs/42c_exchange.ipynb #c027
+# %% ../../nbs/42c_exchange.ipynb #c030
 def send_to_label_studio(
     folder: Path | str,  # where the files go
     state: ReviewState,
@@ -185,7 +205,7 @@ def send_to_label_studio(
     atomic_write(folder / "labels.xml", label_studio_labels() + "\n")
     return write_json(folder / "tasks.json", tasks)
 
-# %% ../../nbs/42c_exchange.ipynb #c029
+# %% ../../nbs/42c_exchange.ipynb #c032
 def _poses(regions: Sequence[dict]) -> list[dict]:
     tools, hidden = {}, {r["id"] for r in regions if r.get("type") == "choices" and "hidden" in r["value"].get("choices", [])}
     for r in regions:
@@ -201,12 +221,12 @@ def _poses(regions: Sequence[dict]) -> list[dict]:
         tools[r["parentID"]]["keypoints"][k] = x, y, 1 if r["id"] in hidden else 2
     return list(tools.values())
 
-# %% ../../nbs/42c_exchange.ipynb #c030
+# %% ../../nbs/42c_exchange.ipynb #c033
 def take_from_label_studio(
     folder: Path | str,  # what `send_to_label_studio` wrote
     export: Path | str,  # Label Studio's JSON export
     state: ReviewState,
-) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were left out
+) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were added
     "Take what was corrected in Label Studio as decisions; of several annotations of a task, the last."
     came, tasks = {}, read_json(export)
     for i, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):

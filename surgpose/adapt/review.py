@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .decisions import (VERDICTS, Key, key_of, read_decisions, seconds_per_item, settle, standing,
+from .decisions import (VERDICTS, Key, box_of, key_of, read_decisions, seconds_per_item, settle, standing,
                                       taken_back, undo_stacks)
 from .edit import check_fix, editable, move_point, set_visibility, swap_jaws
 from .pseudo import Candidates, is_settled, make_table
@@ -79,7 +79,8 @@ class ReviewState:
         asked = {item.key for item in items}
         self.items, self.path, self.who = list(items), Path(path), who
         self.sure = [item for item in sure if item.key not in asked]
-        self.lines, self._places = read_decisions(self.path), {item.key: item.xywh_px for item in (*sure, *items)}
+        self.lines, known = read_decisions(self.path), (*sure, *items)
+        self._places, self._points = ({item.key: getattr(item, name) for item in known} for name in ("xywh_px", "keypoints"))
         self._tracks: dict[tuple[str, int], list[ReviewItem]] = {}
         for item in (*self.items, *self.sure): self._tracks.setdefault((item.video, item.track), []).append(item)
         self._settled: tuple[int, dict[Key, dict]] = (-1, {})
@@ -88,7 +89,7 @@ class ReviewState:
     def decisions(self) -> dict[Key, dict]:
         "The lines that stand, under the keys of the poses that they are about."
         if self._settled[0] != len(self.lines):
-            placed, lost = settle(standing(self.lines), self._places)
+            placed, lost = settle(standing(self.lines), self._places, self._points)
             away = {key_of(line): line for line in lost if key_of(line) not in self._places}
             self._settled = len(self.lines), away | placed
         return dict(self._settled[1])
@@ -211,7 +212,8 @@ class ReviewState:
         if verdict == "accept" and not kpts[:, 2].any(): raise ValueError(f"review: expected a pose to accept, frame {frame} track {track} has no point")
         return dict(video=video, frame=int(frame), track=int(track), verdict=verdict,
                     keypoints=None if kpts is None else kpts.round(2).ravel().tolist(), category_id=category_id and int(category_id),
-                    bbox=np.round(item.xywh_px, 2).tolist(), by="person", who=self.who, action="do")
+                    bbox=np.round(item.xywh_px, 2).tolist(), by="person", who=self.who, action="do",
+                    **({} if item.key in self._places else dict(drawn=True)))
 
     def _like(self, said: dict, other: ReviewItem, is_sure: bool) -> dict | None:
         if said["verdict"] != "fix":
@@ -244,8 +246,9 @@ def place_decisions(
     frames = {f.index: f for f in found.frames}
     rows = found.table[found.table.track >= 0]
     places = {(frames[f].file_name, f, t): np.array(box) for f, t, *box in rows[["frame", "track", *"xywh"]].itertuples(index=False, name=None)}
-    placed, lost = settle(decisions, places)
-    free, stale = int(found.table.track.max()) + 1 if len(found.table) else 0, 0
+    points = {key: np.reshape(kpts, (-1, 3)) for key, kpts in zip(places, rows.keypoints, strict=True)}
+    placed, lost = settle(decisions, places, points)
+    free, stale = int(max([-1, *found.table.track, *(said["track"] for said in lost)])) + 1, 0
     for said in lost:
         here = frames.get(said["frame"])
         if said["verdict"] == "absent": continue  # nothing is there now either
@@ -271,7 +274,7 @@ def apply_decisions(
         elif said: row.update(_decided(row, said, frame))
     for (_, index, track), said in left.items():  # the teacher sees nothing there now
         row = dict.fromkeys(found.table.columns) | dict(frame=index, t_s=frames[index].t_s, track=track, score=1.0, reasons=(),
-                                                        category_id=1, keypoints=[0.0] * 15, **dict(zip("xywh", said["bbox"], strict=True)))
+                                                        category_id=1, keypoints=[0.0] * 15, **dict(zip("xywh", box_of(said), strict=True)))
         rows.append(row | _decided(row, said, frames[index]))
     return replace(found, table=make_table([row for row in rows if not any(row is other for other in gone)]))
 
