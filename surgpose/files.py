@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MANIFEST', 'atomic_path', 'atomic_write', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
-           'sha256_file', 'hash_data', 'code_hash', 'versions', 'utc_now', 'write_manifest', 'check_manifest',
-           'lock_folder', 'safe_join']
+           'sha256_file', 'hash_data', 'hash_files', 'code_hash', 'versions', 'utc_now', 'write_manifest',
+           'check_manifest', 'lock_folder', 'safe_join']
 
 # %% ../nbs/02_files.ipynb #c005
 @contextmanager
@@ -130,6 +130,13 @@ def hash_data(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/02_files.ipynb #c022
+def hash_files(
+    files: Mapping[str, Path],  # name -> where it lies, in any order
+) -> str:  # 16 hex digits
+    "Hash the names and bytes of some files."
+    return hash_data({name: sha256_file(path) for name, path in files.items()})
+
+# %% ../nbs/02_files.ipynb #c023
 def code_hash(
     root: Path | None = None,  # package folder; surgpose itself when absent
 ) -> str:  # 16 hex digits
@@ -138,10 +145,10 @@ def code_hash(
     files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py")
     return hash_data([(p.relative_to(root).as_posix(), sha256_file(p)) for p in files])
 
-# %% ../nbs/02_files.ipynb #c023
+# %% ../nbs/02_files.ipynb #c024
 PACKAGES = ("surgpose", "numpy", "opencv-python", "bpy", "blenderproc", "torch", "ultralytics", "pycocotools")
 
-# %% ../nbs/02_files.ipynb #c024
+# %% ../nbs/02_files.ipynb #c025
 def versions() -> dict[str, str]:  # package -> version, or "absent"
     "Tell which versions produced a result."
     def of(name: str) -> str:
@@ -149,15 +156,15 @@ def versions() -> dict[str, str]:  # package -> version, or "absent"
         except PackageNotFoundError: return "absent"
     return {name: of(name) for name in PACKAGES}
 
-# %% ../nbs/02_files.ipynb #c025
+# %% ../nbs/02_files.ipynb #c026
 def utc_now() -> str:  # like 2026-11-21T08:30:00+00:00
     "Tell the time in a form that no locale changes."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../nbs/02_files.ipynb #c029
+# %% ../nbs/02_files.ipynb #c030
 MANIFEST = "manifest.json"
 
-# %% ../nbs/02_files.ipynb #c030
+# %% ../nbs/02_files.ipynb #c031
 def write_manifest(
     folder: Path | str,
     facts: dict,  # what made the folder: config, seed, ...
@@ -170,7 +177,7 @@ def write_manifest(
     names = sorted(Path(f).as_posix() for f in files if Path(f).name != MANIFEST)
     return write_json(folder / MANIFEST, {**facts, "versions": versions(), "files": {n: sha256_file(folder / n) for n in names}})
 
-# %% ../nbs/02_files.ipynb #c031
+# %% ../nbs/02_files.ipynb #c032
 def check_manifest(
     folder: Path | str,
 ) -> list[str]:  # one line per file that is missing or differs; empty when all is well
@@ -181,7 +188,7 @@ def check_manifest(
     return missing + [f"{n}: differs from the manifest" for n, digest in expected.items()
                       if (folder / n).is_file() and sha256_file(folder / n) != digest]
 
-# %% ../nbs/02_files.ipynb #c035
+# %% ../nbs/02_files.ipynb #c036
 @contextmanager
 def lock_folder(
     folder: Path | str,
@@ -202,7 +209,7 @@ def lock_folder(
         owner.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/02_files.ipynb #c039
+# %% ../nbs/02_files.ipynb #c040
 def safe_join(
     root: Path | str,  # the folder to stay in
     name: str,  # a relative path from a file we did not write

@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,30 @@ def test_a_finished_training_is_not_repeated_and_another_one_is_refused(run, toy
         train(toy_dataset, run, TINY.model_copy(update=dict(lr0=0.1)), device="cpu")
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         train(toy_dataset, run, TINY, seed=1, device="cpu")
+
+
+def test_other_pixels_are_another_training(run, toy_dataset, tmp_path):
+    folder, again = shutil.copytree(toy_dataset, tmp_path / "data"), shutil.copytree(run, tmp_path / "run")
+    image = folder / "images" / "000001.jpg"
+    cv2.imwrite(str(image), 255 - cv2.imread(str(image)))
+    with pytest.raises(ValueError, match="images_hash was"):
+        train(folder, again, TINY, device="cpu")
+    told = yaml.safe_load((again / "config.yaml").read_text())
+    assert told.pop("images_hash") == read_json(again / "provenance.json")["images_hash"]
+    (again / "config.yaml").write_text(yaml.safe_dump(told))
+    assert train(folder, again, TINY, device="cpu") == again  # as old as that, it says nothing of images
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(model="yolov8q-pose"), dict(model="no.yaml"), dict(weights_init="state.pt"),
+])
+def test_a_network_that_cannot_be_built_leaves_nothing_behind(toy_dataset, tmp_path, monkeypatch, wrong):
+    torch.save({"tensor": torch.ones(2)}, tmp_path / "state.pt")
+    monkeypatch.chdir(tmp_path)
+    cfg = TrainConfig.model_validate({**TINY.model_dump(), **wrong})
+    with pytest.raises(ValueError, match="expected a pose model|none of its 1 tensors fits"):
+        train(toy_dataset, tmp_path / "run", cfg, device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 KILLED = """
@@ -151,6 +176,9 @@ def test_no_memory_is_answered_with_what_to_change(toy_dataset, tmp_path, monkey
     with pytest.raises(RuntimeError, match=says):
         train(toy_dataset, tmp_path / "run", TINY, device="cpu", progress=False)
     assert not (tmp_path / "run" / "provenance.json").exists()
+    less, says = TINY.model_copy(update=dict(batch=2)), says if "something" in says else "batch 2 at"
+    with pytest.raises(RuntimeError, match=says):  # nothing was learned, so the same folder serves again
+        train(toy_dataset, tmp_path / "run", less, device="cpu", progress=False)
 
 
 def test_a_loss_that_is_no_number_stops_the_training(toy_dataset, tmp_path):

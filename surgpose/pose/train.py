@@ -12,20 +12,24 @@ import subprocess
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..config import TrainConfig
 from ..data.coco import check_image, read_coco, split_coco
 from ..data.yolo import read_yolo, write_yolo
-from ..files import atomic_write, code_hash, hash_data, lock_folder, read_json, utc_now, versions, write_json
+from ..files import (atomic_write, code_hash, hash_data, hash_files, lock_folder, read_json, utc_now, versions,
+                            write_json)
 from .model import (build_model, find_weights, lacks_memory, memory_in_use, model_sha, read_weights, resolve_device,
                                  write_weights)
 from .recipe import (Curves, Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
                                   ultralytics_settings)
 from .precision import fast_bfloat16, loss_in_full, wants_bfloat16
 from ..schema import CLASSES
+
+if TYPE_CHECKING:
+    from ultralytics import YOLO
 
 # %% auto #0
 __all__ = ['leave_out_broken', 'load_splits', 'run_facts', 'train']
@@ -53,13 +57,17 @@ def leave_out_broken(
             "annotations": [a for a in coco["annotations"] if a["image_id"] not in broken]}
 
 # %% ../../nbs/30_train.ipynb #c008
+def _images_root(data: Path) -> Path:
+    if data.is_dir(): return data
+    root = dataset_facts(data.resolve())["path"]
+    return root.resolve() if root.is_dir() else data.resolve().parent  # it has moved
+
 def _read_checked(data: Path, max_broken: float) -> dict[str, dict]:
+    root = _images_root(data)
     if data.is_dir():
-        coco = leave_out_broken(read_coco(data / "coco_annotations.json"), data, max_broken)
+        coco = leave_out_broken(read_coco(data / "coco_annotations.json"), root, max_broken)
         return {name: split_coco(coco, name) for name in ("train", "val")}
-    splits, root = read_yolo(data), dataset_facts(data.resolve())["path"]
-    if not root.is_dir(): root = data.resolve().parent  # it has moved
-    return {name: leave_out_broken(split, root.resolve()) for name, split in splits.items()}
+    return {name: leave_out_broken(split, root) for name, split in read_yolo(data).items()}
 
 # %% ../../nbs/30_train.ipynb #c009
 def load_splits(
@@ -87,19 +95,25 @@ def run_facts(
     seed: int,
     splits: dict[str, dict],  # what `load_splits` read
     weights: Path | None,  # initial weights
+    root: Path,  # folder of the images' file names
 ) -> dict:  # what decides the outcome
     "Collect what makes two trainings the same."
     recipe = cfg.model_dump(mode="json", exclude={"weights_init", "workers", "max_broken"})
-    return dict(train=recipe, seed=seed, data_hash=hash_data(splits),
+    names = {im["file_name"] for split in splits.values() for im in split["images"]}
+    return dict(train=recipe, seed=seed, data_hash=hash_data(splits), images_hash=hash_files({n: root / n for n in names}),
                 weights_sha256=model_sha(weights) if weights else "scratch")
 
 # %% ../../nbs/30_train.ipynb #c016
+def _last(out: Path) -> Path: return out / "training" / "run" / "weights" / "last.pt"
+
+def _has_learned(out: Path) -> bool: return (out / "provenance.json").is_file() or _last(out).is_file()
+
 def _claim_folder(out: Path, facts: dict) -> None:
     path = out / "config.yaml"
-    if path.is_file():
+    if path.is_file() and _has_learned(out):
         def flat(d: dict) -> dict: return {**{k: v for k, v in d.items() if k != "train"}, **d.get("train", {})}
         old, new = flat(yaml.safe_load(path.read_text(encoding="utf-8"))), flat(facts)
-        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and (k != "images_hash" or k in old))
         differ = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in keys]
         if differ: raise ValueError(f"{out}: holds a training with another config ({'; '.join(differ[:6])}); "
                                     "choose another folder, or delete this one")
@@ -116,21 +130,24 @@ def _adopt_yolo(data_yaml: Path, target: Path) -> None:
     atomic_write(target, yaml.safe_dump(facts))
 
 # %% ../../nbs/30_train.ipynb #c020
-def _prepare(
-    work: Path, data: Path, splits: dict, cfg: TrainConfig, weights: Path | None, seed: int
-) -> tuple[set[str], int, int]:
-    "Lay out dataset and initial network; tell what carried over, of how many tensors, and how many epochs are done."
+def _first_network(cfg: TrainConfig, weights: Path | None, seed: int) -> tuple[YOLO, set[str]]:
     import torch
 
-    work.mkdir(parents=True, exist_ok=True)
-    last, start = work / "run" / "weights" / "last.pt", work / "start.json"
-    if not last.is_file():
-        shutil.rmtree(work / "yolo", ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for the head's random numbers
+        return build_model(cfg.model, weights)
+
+def _prepare(
+    work: Path, data: Path, splits: dict, cfg: TrainConfig, network: tuple[YOLO, set[str]] | None
+) -> tuple[set[str], int, int]:
+    "Lay out dataset and initial network; tell what carried over, of how many tensors, and how many epochs are done."
+    last, start = _last(work.parent), work / "start.json"
+    if network and not last.is_file():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
         if data.is_dir(): write_yolo(work / "yolo", {k: [(v, data)] for k, v in splits.items()}, progress=False)
         else: _adopt_yolo(data, work / "yolo" / "data.yaml")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # for the head's random numbers
-            yolo, carried = build_model(cfg.model, weights)
+        yolo, carried = network
         write_weights(work / "start.pt", yolo.model, dict(imgsz=cfg.imgsz))
         write_json(start, dict(carried=sorted(carried), total=len(yolo.model.state_dict())))
     known = read_json(start)
@@ -169,7 +186,7 @@ def _explain(error: Exception, cfg: TrainConfig, device: str) -> RuntimeError | 
 
 # %% ../../nbs/30_train.ipynb #c028
 def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: dict, progress: bool) -> None:
-    last = work / "run" / "weights" / "last.pt"
+    last = _last(work.parent)
     start = dict(resume=str(last), model=str(last)) if done else dict(model=str(work / "start.pt"))
     settings = {**settings, **start, "data": str(work / "yolo" / "data.yaml"), "save_dir": str(work / "run")}
     trainer = trainer_class(cfg, carried)(overrides=settings)
@@ -201,7 +218,7 @@ def _finish(out: Path, work: Path, cfg: TrainConfig, facts: dict, more: dict) ->
         if name == "best.pt": more = {**more, "best_epoch": told["epoch"]}
     write_json(out / "provenance.json", dict(
         what="training", finished=utc_now(), **more, config_hash=hash_data(facts), data_hash=facts["data_hash"],
-        weights_sha256=model_sha(out / "weights" / "best.pt"), seed=facts["seed"], code_hash=code_hash(),
+        images_hash=facts["images_hash"], weights_sha256=model_sha(out / "weights" / "best.pt"), seed=facts["seed"], code_hash=code_hash(),
         versions=versions()))
     shutil.rmtree(work, ignore_errors=True)
 
@@ -221,13 +238,13 @@ def train(
     if cfg.batch % (gpus := len(device.split(","))):
         raise ValueError(f"train.batch: expected a multiple of the {gpus} GPUs, got {cfg.batch}")
     splits = load_splits(data, cfg.max_broken)
-    facts = run_facts(cfg, seed, splits, weights)
-    if weights: read_weights(weights)  # a file that is none is refused before the folder is made
+    facts = run_facts(cfg, seed, splits, weights, _images_root(Path(data)))
+    network = None if _has_learned(out) else _first_network(cfg, weights, seed)
     with lock_folder(out):
         _claim_folder(out, facts)
         if (out / "provenance.json").is_file(): return out
         work = out / "training"
-        carried, total, done = _prepare(work, Path(data), splits, cfg, weights, seed)
+        carried, total, done = _prepare(work, Path(data), splits, cfg, network)
         if done < cfg.epochs: _fit(work, cfg, carried, done, ultralytics_settings(cfg, seed, device), progress)
         more = dict(data=Path(data).name, device=device, images=len(splits["train"]["images"]),
                     bfloat16=cfg.bfloat16 and fast_bfloat16(device), resumed_after_epochs=done, tensors=total,
