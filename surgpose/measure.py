@@ -75,13 +75,11 @@ def _ends(numbers: dict, key: str) -> tuple[float | None, float | None]:
 
 # %% ../nbs/90b_measure.ipynb #c014
 def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: str) -> dict:
-    from surgpose.files import hash_data
-    from surgpose.pose.evaluate import evaluate, load_truth
-    from surgpose.pose.model import model_sha
+    from surgpose.pose.evaluate import data_facts, evaluate, is_measured
+    from surgpose.pose.truth import open_labelled
     weights, known = run / "weights" / "best.pt", run / "metrics.json"
-    wanted = dict(data_hash=hash_data(load_truth(data)[0]), weights_sha256=model_sha(weights))
     facts = read_json(known) if known.is_file() else {}
-    if wanted.items() <= facts.get("provenance", {}).items(): return facts
+    if is_measured(facts, data_facts(open_labelled(data), weights)): return facts
     return evaluate(weights, data, out, cfg, device=device)
 
 # %% ../nbs/90b_measure.ipynb #c015

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from ultralytics import YOLO
 
 # %% auto #0
-__all__ = ['CURVE_SIGMAS', 'metrics', 'find_tools', 'tip_metrics', 'evaluate', 'truth_hash', 'summary_row', 'across_sizes']
+__all__ = ['CURVE_SIGMAS', 'metrics', 'find_tools', 'tip_metrics', 'evaluate', 'truth_hash', 'data_facts', 'is_measured',
+           'summary_row', 'across_sizes']
 
 # %% ../../nbs/31_evaluate.ipynb #c005
 def _no_nan(data: Any) -> Any:
@@ -152,8 +153,7 @@ def evaluate(
     labelled = open_labelled(data, truth, split, cfg.resize)
     model, measure = load_model(weights), tip_metrics if isinstance(labelled.truth, TipTracks) else metrics
     found = find_tools(model, labelled, cfg, device=device, progress=progress)
-    facts = dict(data=Path(data).name, split=split, data_hash=truth_hash(labelled), weights_sha256=model_sha(weights),
-                 **cfg.model_dump(mode="json"), finished=utc_now())
+    facts = dict(data=Path(data).name, split=split, **data_facts(labelled, weights), **cfg.model_dump(mode="json"), finished=utc_now())
     result = {**measure(labelled.truth, found, cfg), "provenance": {**facts, "imgsz": cfg.imgsz or model.trained_imgsz}}
     if cfg.sizes: result["sizes"] = _rows_by_size(model, labelled, cfg, device, progress)
     write_json(out / "found.json", found, indent=None)
@@ -167,6 +167,20 @@ def truth_hash(
     "Name the labels by their content."
     if isinstance(labelled.truth, dict): return hash_data(labelled.truth)
     return hash_data({k: np.asarray(getattr(labelled.truth, k)).tolist() for k in ("category_id", "frame", "xy_px")})
+
+def data_facts(
+    labelled: Labelled,
+    weights: Path | str,  # a trained checkpoint
+) -> dict[str, str]:  # data_hash of the labels, images_hash of the pictures, weights_sha256
+    "Name what a measurement is of, by content."
+    return dict(data_hash=truth_hash(labelled), images_hash=labelled.pixels_hash(), weights_sha256=model_sha(weights))
+
+def is_measured(
+    facts: dict,  # what a metrics.json holds
+    wanted: dict,  # `data_facts`, and perhaps settings
+) -> bool:
+    "Tell whether numbers are those that would be measured; older ones say nothing of the images, and are believed."
+    return wanted.items() <= {"images_hash": wanted.get("images_hash"), **facts.get("provenance", {})}.items()
 
 def _draw_worst(labelled: Labelled, found: list[dict], cfg: EvaluateConfig, path: Path) -> None:
     import cv2

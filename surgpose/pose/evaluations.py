@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import EvaluateConfig, project_root, shared_dir
 from ..files import atomic_write, read_json, write_json
-from .evaluate import evaluate, summary_row, truth_hash
-from .model import find_weights, model_sha
+from .evaluate import data_facts, evaluate, is_measured, summary_row
+from .model import find_weights
 from .truth import open_labelled
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def measure_into(
     "Evaluate into one file, unless it is there already."
     path = Path(path)
     labelled = open_labelled(data, options.get("truth"), options.get("split", "val"), cfg.resize)
-    wanted = dict(data_hash=truth_hash(labelled), weights_sha256=model_sha(weights), **cfg.model_dump(mode="json", exclude={"imgsz"}))
+    wanted = dict(**data_facts(labelled, weights), **cfg.model_dump(mode="json", exclude={"imgsz"}))
     known = read_json(path) if path.is_file() else {}
     same_size = cfg.imgsz in (None, known.get("provenance", {}).get("imgsz"))
-    if same_size and wanted.items() <= known.get("provenance", {}).items(): return known
+    if same_size and is_measured(known, wanted): return known
     with tempfile.TemporaryDirectory() as scratch:
         result = evaluate(weights, data, scratch, cfg, **options)
         drawn = Path(scratch) / "worst.jpg"

@@ -17,7 +17,7 @@ from ..data.coco import read_coco, split_coco
 from ..data.cvat import TipTracks, read_cvat_tips
 from ..data.video import VideoInfo, is_video, read_image, read_video, video_info
 from ..data.yolo import read_yolo, read_yolo_boxes
-from ..files import safe_join
+from ..files import hash_files, safe_join, sha256_file
 from ..schema import Frame
 
 # %% auto #0
@@ -73,13 +73,17 @@ def read_truth(
     path: Path,  # COCO JSON or CVAT XML
     info: VideoInfo | None = None,  # the video they belong to
 ) -> dict | TipTracks:
-    "Read a video's labels, and see that they are of its size."
+    "Read a video's labels, and see that they are of its size and know its frames."
     if path.suffix.lower() == ".xml":
         truth = read_cvat_tips(path)
         size = truth.width, truth.height
     else:
         truth = read_coco(path)
         size = next(((im["width"], im["height"]) for im in truth["images"]), (0, 0))
+        bare = next((im["file_name"] for im in truth["images"] if not isinstance(im.get("frame"), int)), None)
+        if info and bare is not None:
+            raise ValueError(f"{path}: expected with every image the number of its `frame` in {info.path.name}, counted from 0; "
+                             f"{bare} has none; add it, or label the pictures as a dataset folder")
     if info and size != (info.width, info.height):
         raise ValueError(f"{path}: expected labels for {info.width}x{info.height} px like {info.path.name}, "
                          f"got {size[0]}x{size[1]} px; are they of another video?")
@@ -116,11 +120,20 @@ class Labelled:
         if isinstance(self.truth, TipTracks): return len(set(np.asarray(self.truth.frame).tolist()))
         return len(self.truth["images"])
 
+    def path(self, name: str) -> Path:
+        "Find a picture by its file name."
+        return self.source / name if self.listed else safe_join(self.source, name)
+
+    def pixels_hash(self) -> str:
+        "Name the pictures, or the video, by their bytes."
+        if is_video(self.source): return sha256_file(self.source)[:16]
+        return hash_files({im["file_name"]: self.path(im["file_name"]) for im in self.truth["images"]})
+
     def frames(self) -> Iterator[tuple[Frame, np.ndarray]]:
         "Read the labelled pictures; `index` is the image's id, or the frame's number for tips."
         if is_video(self.source): yield from self._video(); return
         for im in self.truth["images"]:
-            image = read_image(self.source / im["file_name"] if self.listed else safe_join(self.source, im["file_name"]))
+            image = read_image(self.path(im["file_name"]))
             if self.size: image = cv2.resize(image, self.size)
             yield Frame(im["file_name"], image.shape[1], image.shape[0], im["id"]), image
 
@@ -150,6 +163,4 @@ def open_labelled(
                                 f"there are none; name them with --truth")
     if size: raise ValueError(f"{data}: expected a folder of pictures to resize, got a video")
     labels = read_truth(path, video_info(data))
-    if isinstance(labels, dict) and not all("frame" in im for im in labels["images"]):
-        raise ValueError(f"{path}: expected the number of its `frame` with every image, some have none")
     return Labelled(data, labels)
