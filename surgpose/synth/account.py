@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['INSTRUMENTS', 'CAUSE_COLOURS', 'THING_COLOURS', 'OFF', 'kind_of', 'scene_notes', 'asked_counts', 'asked_table',
-           'mixes_table', 'say_asked', 'fig_asked', 'tool_notes', 'causes_table', 'fig_causes', 'say_causes',
-           'exactness_table', 'strategy_table', 'fig_cost', 'say_cost', 'losses_table', 'settings_table',
+__all__ = ['INSTRUMENTS', 'CAUSE_COLOURS', 'THING_COLOURS', 'OFF', 'SECONDS', 'kind_of', 'scene_notes', 'asked_counts',
+           'asked_table', 'mixes_table', 'say_asked', 'fig_asked', 'tool_notes', 'causes_table', 'fig_causes',
+           'say_causes', 'exactness_table', 'strategy_table', 'fig_cost', 'say_cost', 'losses_table', 'settings_table',
            'render_summary', 'render_verdict']
 
 # %% ../../nbs/25_account.ipynb #c005
@@ -278,7 +278,7 @@ def settings_table(
     return pd.DataFrame(rows, columns=["setting", "value", "changed", "meaning"])
 
 # %% ../../nbs/25_account.ipynb #c049
-OFF = "off the renderer's camera, px"
+OFF, SECONDS = "off the renderer's camera, px", "a worker's seconds an image"
 
 def render_summary(
     folder: Path | str,  # dataset folder
@@ -289,7 +289,7 @@ def render_summary(
     seen = float((kept[list(KEYPOINTS)] == "").to_numpy().mean()) if len(kept) else 0.0
     off = float(kept.against_renderer_px.max()) if len(kept) else 0.0
     seconds = float(scenes.seconds.median()) if scenes.seconds.notna().any() else 0.0
-    return {"images": len(scenes), "tools": len(kept), "seconds an image": round(seconds, 2),
+    return {"images": len(scenes), "tools": len(kept), SECONDS: round(seconds, 2),
             "keypoints seen, %": round(100 * seen), OFF: round(off, 4),
             "tools too small to label": int((~notes.annotated.astype(bool)).sum()), "scenes failed": len(facts["failed"]),
             "asked": facts["config"]["images"], **{name: int((kept.class_name == name).sum()) for name in CLASSES}}
@@ -304,6 +304,6 @@ def render_verdict(
         faults.append(f"{summary['scenes failed']} of {summary['asked']} scenes could not be drawn")
     if summary[OFF] > 0.5: faults.append(f"labels are up to {summary[OFF]} px off")
     faults += [f"there is no {name.replace('_', ' ')}" for name in CLASSES if not summary[name]]
-    counted = f"{summary['images']} images with {summary['tools']} labelled tools, {summary['seconds an image']} s each"
+    counted = f"{summary['images']} images with {summary['tools']} labelled tools, {summary[SECONDS]} s of a worker each"
     if faults: return f"Look at it before training: {'; '.join(faults)} ({counted})."
     return f"All {counted}; labels and the renderer's own camera agree within {max(summary[OFF], 0.001):.3f} px."
