@@ -15,11 +15,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import surgpose
 from .config import RunConfig, config_yaml
 from .files import (atomic_write, hash_data, lock_folder, read_json, safe_join, sha256_file, utc_now,
                             versions, write_json)
 from .page import format_number, headlines, write_index
+from .sources import source_hash
 
 # %% auto #0
 __all__ = ['SPEED', 'Job', 'Phase', 'fingerprint', 'select_phases', 'run_phases']
@@ -42,7 +42,7 @@ class Phase:
     needs: tuple[str, ...] = ()  # phases whose results it uses
     makes: tuple[str, ...] = ()  # the files that are its result
     sections: tuple[str, ...] = ()  # parts of the config that change its result
-    code: tuple[str, ...] = ()  # modules and packages of surgpose that change its result, like synth or data/coco
+    code: tuple[str, ...] = ()  # the modules or packages of surgpose it calls, like pose/train; what they import counts too
     inputs: Callable[[Job], tuple[Path | None, ...]] = lambda job: ()  # files from outside that it reads
     clears: tuple[str, ...] = ()  # what to remove before it runs with other settings than last time
     group: str = ""  # a name that selects several phases at once
@@ -51,16 +51,10 @@ class Phase:
 SPEED = {"workers", "scheduler", "scenes_per_worker", "worker_memory_gb", "timeout_s"}  # config fields that change no result
 
 # %% ../nbs/90a_engine.ipynb #c009
-def _source_hash(names: tuple[str, ...]) -> str:
-    root = Path(surgpose.__file__).parent
-    files = [p for n in names for p in (root / f"{n}.py", *sorted((root / n).rglob("*.py"))) if p.is_file()]
-    return hash_data([sha256_file(p) for p in files])
-
-# %% ../nbs/90a_engine.ipynb #c010
 def _results(phase: Phase, out: Path) -> dict[str, str | None]:
     return {name: sha256_file(out / name) if (out / name).is_file() else None for name in phase.makes}
 
-# %% ../nbs/90a_engine.ipynb #c011
+# %% ../nbs/90a_engine.ipynb #c010
 def fingerprint(
     phase: Phase,
     job: Job,
@@ -71,14 +65,14 @@ def fingerprint(
     sections = {s: _without_speed(config[s]) for s in phase.sections}
     needed = {p.name: _results(p, job.out) for p in phases if p.name in phase.needs}
     inputs = [sha256_file(f) if f is not None and f.is_file() else str(f) for f in phase.inputs(job)]
-    return hash_data([sections, needed, inputs, _source_hash(phase.code)])
+    return hash_data([sections, needed, inputs, source_hash(*phase.code)])
 
-# %% ../nbs/90a_engine.ipynb #c012
+# %% ../nbs/90a_engine.ipynb #c011
 def _without_speed(section: Any) -> Any:
     if isinstance(section, list): return [_without_speed(s) for s in section]
     return {k: v for k, v in section.items() if k not in SPEED} if isinstance(section, dict) else section
 
-# %% ../nbs/90a_engine.ipynb #c016
+# %% ../nbs/90a_engine.ipynb #c015
 def select_phases(
     phases: Sequence[Phase],
     only: Sequence[str] = (),  # names of phases or groups; all when empty
@@ -92,22 +86,24 @@ def select_phases(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"phase: expected one of {', '.join(known)}, got {name!r}{hint}")
     first = next((i for i, p in enumerate(phases) if start in (p.name, p.group)), 0) if start else 0
-    return [p.name for p in phases[first:] if not only or p.name in only or p.group in only]
+    chosen = [p.name for p in phases[first:] if not only or p.name in only or p.group in only]
+    if not chosen: raise ValueError(f"phase: none of {', '.join(only)} comes at or after {start}; leave one of the two out")
+    return chosen
 
-# %% ../nbs/90a_engine.ipynb #c020
+# %% ../nbs/90a_engine.ipynb #c019
 def _say(text: str) -> None:
     from tqdm import tqdm
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
-# %% ../nbs/90a_engine.ipynb #c021
+# %% ../nbs/90a_engine.ipynb #c020
 def _clear(phase: Phase, out: Path) -> None:
     for name in (*phase.clears, *phase.makes):
         path = safe_join(out, name, "phase")
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
 
-# %% ../nbs/90a_engine.ipynb #c022
+# %% ../nbs/90a_engine.ipynb #c021
 def _attempt(phase: Phase, job: Job, entry: dict) -> dict:
     begun = time.monotonic()
     try: entry = {**entry, "numbers": phase.function(job), "status": "ok"}
@@ -116,7 +112,7 @@ def _attempt(phase: Phase, job: Job, entry: dict) -> dict:
         entry |= {"status": "failed", "error": message.splitlines()[0][:500], "traceback": traceback.format_exc()}
     return {**entry, "seconds": round(time.monotonic() - begun, 1), "ended": utc_now()}
 
-# %% ../nbs/90a_engine.ipynb #c023
+# %% ../nbs/90a_engine.ipynb #c022
 def _missing(phase: Phase, phases: Sequence[Phase], record: dict, out: Path) -> str:
     for need in (p for p in phases if p.name in phase.needs):
         status = record.get(need.name, {}).get("status")
@@ -125,18 +121,18 @@ def _missing(phase: Phase, phases: Sequence[Phase], record: dict, out: Path) -> 
         if lost: return f"{lost} is missing; run {need.name} first"
     return ""
 
-# %% ../nbs/90a_engine.ipynb #c024
+# %% ../nbs/90a_engine.ipynb #c023
 def _is_fresh(phase: Phase, job: Job, entry: dict, now: str) -> bool:
     made = all((job.out / m).is_file() for m in phase.makes)
     return entry.get("fingerprint") == now and entry.get("status") in ("ok", "fresh") and made
 
-# %% ../nbs/90a_engine.ipynb #c025
+# %% ../nbs/90a_engine.ipynb #c024
 def _outcome(entry: dict) -> str:
     if entry["status"] == "failed": return f"failed, {entry['error']}"
     shown = ", ".join(f"{k} {format_number(v)}" for k, v in entry["numbers"].items())
     return f"done in {entry['seconds']:.0f} s" + (f" ({shown})" if shown else "")
 
-# %% ../nbs/90a_engine.ipynb #c026
+# %% ../nbs/90a_engine.ipynb #c025
 def _step(
     phase: Phase, phases: Sequence[Phase], job: Job, record: dict, force: bool, save: Callable[[], None]
 ) -> str:  # what to say about it
@@ -157,7 +153,7 @@ def _step(
     record[phase.name] = _attempt(phase, job, record[phase.name])
     return _outcome(record[phase.name])
 
-# %% ../nbs/90a_engine.ipynb #c028
+# %% ../nbs/90a_engine.ipynb #c027
 def _remembered(old: dict, phases: dict[str, dict], out: Path) -> dict[str, Any]:
     numbers = {n: p["numbers"] for n, p in phases.items() if p.get("numbers")}
     now = dict(ended=utc_now(), numbers=numbers, tiles=headlines(out))
@@ -165,7 +161,7 @@ def _remembered(old: dict, phases: dict[str, dict], out: Path) -> dict[str, Any]
     changed = last and (last["numbers"], last["tiles"]) != (now["numbers"], now["tiles"])
     return dict(last=now, previous=last if changed else old.get("previous"))
 
-# %% ../nbs/90a_engine.ipynb #c029
+# %% ../nbs/90a_engine.ipynb #c028
 def run_phases(
     phases: Sequence[Phase],  # in an order in which needs come first
     job: Job,

@@ -165,37 +165,32 @@ def _report_inputs(job: Job, name: str) -> tuple[Path, ...]:
 
 # %% ../nbs/90_pipeline.ipynb #c022
 def _report(name: str, *needs: str) -> Phase:
-    code = ("data", "pose", "adapt", "synth", "report", "page", "measure")
+    code = ("data", "pose", "adapt", "synth", "report", "page")
     return Phase(name, partial(report_phase, name=name), needs=needs, makes=(f"{name}.html",), sections=("report",),
                  code=code, inputs=partial(_report_inputs, name=name), group="reports")
 
 # %% ../nbs/90_pipeline.ipynb #c024
-_GROUND = ("schema", "geometry", "data/coco")
+_PROPOSE = ("adapt/augment", "adapt/frames", "adapt/paths", "adapt/pseudo", "adapt/refine", "adapt/review", "adapt/track", "pose/predict")
 PHASES: tuple[Phase, ...] = (
     Phase("render", render_phase, makes=("synthetic/manifest.json", "synthetic/coco_annotations.json"),
-          sections=("render", "seed"), code=(*_GROUND, "synth"), clears=("synthetic",)),
-    Phase("stats", stats_phase, needs=("render",), makes=("stats/stats.json",),
-          code=(*_GROUND, "data", "synth/account", "synth/statistics")),
+          sections=("render", "seed"), code=("synth/render", "synth/blender"), clears=("synthetic",)),
+    Phase("stats", stats_phase, needs=("render",), makes=("stats/stats.json",), code=("synth/statistics",)),
     Phase("train", train_phase, needs=("render",), makes=("teacher/weights/best.pt", "teacher/provenance.json"),
-          sections=("train", "also_train", "seed"), inputs=_starting_weights, clears=("teacher", "also"),
-          code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train")),
-    Phase("evaluate", evaluate_phase, needs=("render", "train"), makes=("teacher/metrics.json",),
-          sections=("evaluate",), code=(*_GROUND, "pose/evaluate", "pose/judge", "pose/mistakes", "pose/predict", "pose/truth")),
+          sections=("train", "also_train", "seed"), inputs=_starting_weights, clears=("teacher", "also"), code=("pose/train",)),
+    Phase("evaluate", evaluate_phase, needs=("render", "train"), makes=("teacher/metrics.json",), sections=("evaluate",),
+          code=("pose/evaluate",)),
     Phase("predict", predict_phase, needs=("train",), makes=("predictions/predictions.json",), sections=("predict",),
-          inputs=lambda job: (job.video,), clears=("predictions",),
-          code=(*_GROUND, "data/draw", "data/video", "data/packets", "data/join", "pose/predict", "pose/openvino", "pose/record")),
+          inputs=lambda job: (job.video,), clears=("predictions",), code=("pose/predict",)),
     Phase("pseudo", pseudo_phase, needs=("train",),
           makes=("pseudo/candidates.json", "pseudo/counts.json", "pseudo/dataset/coco_annotations.json"),
           sections=("pseudo", "track", "predict"), clears=("pseudo/all", "pseudo/dataset"),
-          inputs=lambda job: (job.video, _decisions(job)),
-          code=(*_GROUND, "data/video", "data/packets", "pose/predict", "pose/openvino", "pose/record", "adapt")),
+          inputs=lambda job: (job.video, _decisions(job)), code=_PROPOSE),
     Phase("refine", refine_phase, needs=("render", "train", "pseudo"), makes=("refined/refine.json",),
-          sections=("train", "refine", "evaluate", "seed"), clears=("refined",),
-          inputs=lambda job: (job.video, job.truth, _decisions(job) if job.cfg.refine.rounds > 1 else None),
-          code=(*_GROUND, "data/yolo", "pose/model", "pose/recipe", "pose/train", "adapt")),
+          sections=("train", "refine", "evaluate", "seed"), clears=("refined",), code=("adapt/rounds", *_PROPOSE),
+          inputs=lambda job: (job.video, job.truth, _decisions(job) if job.cfg.refine.rounds > 1 else None)),
     Phase("compare", compare_phase, needs=("render", "evaluate", "predict", "refine"), makes=("compare.json",),
-          sections=("evaluate", "predict"), inputs=lambda job: (job.video, job.truth), clears=("predictions_refined",),
-          code=(*_GROUND, "measure", "pose", "data")),
+          sections=("evaluate", "predict"), inputs=lambda job: (job.video, job.truth), code=("measure",),
+          clears=("predictions_refined", "side_by_side.mp4", "compare")),
     _report("10_render", "render"), _report("20_stats", "render", "stats"),
     _report("30_train", "train", "evaluate", "predict"), _report("40_review", "pseudo"),
     _report("50_refine", "refine", "compare"))

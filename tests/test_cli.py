@@ -238,6 +238,7 @@ def test_files_of_two_people_become_one_and_tell_where_they_differ(tmp_path):
         (["run", "-p", "render.strategy_mix={studoi: 1}"], "studoi"),
         (["run", "--only", "trian"], "did you mean 'train'"),
         (["run", "--from", "trian"], "did you mean 'train'"),
+        (["run", "--only", "compare", "--from", "10_render"], "none of compare comes at or after 10_render"),
         (["merge", "a.jsonl", "--out", "b.jsonl"], "two files or more"),
         (["report", "21_stats"], "did you mean '20_stats'"),
         (["report", "20_stats", "-p", "run_dri=x"], "did you mean 'run_dir'"),

@@ -21,7 +21,7 @@ LIBRARY = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
 TOURS = sorted(p for p in (ROOT / "nbs" / "tour").glob("*.ipynb"))
 REPORTS = sorted(p for p in (ROOT / "nbs" / "reports").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "surgpose").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py"))
-FLOORS = dict.fromkeys(("schema", "config", "render_settings", "files", "geometry"), 0)
+FLOORS = dict.fromkeys(("schema", "config", "render_settings", "files", "sources", "geometry"), 0)
 FLOORS |= {"data": 1, "synth": 2, "pose": 3, "adapt": 4}
 TOP_FLOOR = 5  # everything else: pipeline, report, cli and what they are made of
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import random
 import re
@@ -13,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
@@ -23,6 +26,7 @@ import psutil
 import pytest
 from conftest import film_scripted
 
+from surgpose import sources
 from surgpose.adapt.pseudo import candidates, read_candidates, write_candidates
 from surgpose.adapt.review import ReviewState, review_items
 from surgpose.adapt.scripted import scripted_clip
@@ -33,7 +37,8 @@ from surgpose.data.video import read_video, video_info, write_video
 from surgpose.docs import write_docs
 from surgpose.engine import Job, Phase, fingerprint, run_phases
 from surgpose.files import atomic_write, read_json, read_jsonl, utc_now, write_json
-from surgpose.pipeline import PHASES
+from surgpose.measure import compare_runs
+from surgpose.pipeline import PHASES, propose_labels
 from surgpose.pose.predict import predict, write_predictions
 from surgpose.report import run_report
 from surgpose.schema import Poses
@@ -229,6 +234,40 @@ def test_what_a_person_corrects_reaches_what_learns_from_it(tmp_path, monkeypatc
     after = readers()
     assert [p.read_bytes() for p in files] == told
     assert {name for name in before if before[name] != after[name]} == {"refine", "40_review"}
+
+
+# What depends on what
+
+
+def called(*functions) -> set[str]:
+    "The modules of surgpose that functions import themselves."
+    parts = [
+        found
+        for f in functions
+        for node in ast.walk(ast.parse(inspect.getsource(f)))
+        for found in sources._imported(node, [])
+    ]
+    return {n for n in ("/".join(p[1:]) for p in parts) if (sources.ROOT / f"{n}.py").is_file()}
+
+
+def test_the_code_of_a_phase_is_all_that_it_calls():
+    for phase in PHASES:
+        if phase.group == "reports":
+            continue
+        more = [propose_labels] if phase.name in ("pseudo", "refine") else []
+        more += [compare_runs] if phase.name == "compare" else []
+        missing = called(phase.function, *more) - set(sources.behind(*phase.code)) - sources.IDLE
+        assert not missing, f"{phase.name}: {missing}"
+
+
+def test_a_comparison_leaves_nothing_of_the_one_before(tmp_path):
+    stale = [tmp_path / name for name in ("side_by_side.mp4", "compare/refined/metrics.json")]
+    for path in stale:
+        atomic_write(path, "old")
+    compare = next(p for p in PHASES if p.name == "compare")
+    alone = replace(compare, needs=(), function=lambda job: write_json(job.out / "compare.json", {}) and {})
+    assert run_phases([alone], Job(profile("demo"), tmp_path))
+    assert not any(p.exists() for p in stale) and "<video" not in (tmp_path / "index.html").read_text()
 
 
 # Machines that say no
