@@ -25,12 +25,12 @@ from surgpose.adapt.pseudo import (
     clean_poses,
     counts,
     frame_states,
-    oks_nms,
     poses_of,
     read_candidates,
 )
 from surgpose.adapt.review import ReviewState, apply_decisions, review_items
 from surgpose.adapt.scripted import CLIP_FAULTS, join, place_tool, scripted_clip
+from surgpose.adapt.suppress import oks_nms_frames
 from surgpose.adapt.track import follow, link, smooth_track
 from surgpose.adapt.widget import FrameStore, ReviewView
 from surgpose.config import EvaluateConfig, PseudoConfig, RefineConfig, TrackConfig, TrainConfig
@@ -71,6 +71,10 @@ tools = st.builds(
     st.sampled_from([200, 201, 203, 210, 400]), st.sampled_from([200, 202, 300]),
     st.sampled_from([0, 1, 4, 90]), st.sampled_from([1, 2]), st.floats(0.1, 0.99),
     st.lists(st.sampled_from([0.9, 0.9, 0.2]), min_size=5, max_size=5))
+
+
+def oks_nms(poses: Poses, threshold: float) -> np.ndarray:
+    return oks_nms_frames(poses, np.zeros(len(poses)), threshold)
 
 
 @settings(max_examples=80, deadline=None)

@@ -105,9 +105,14 @@ def test_the_run_itself_filters_duplicates_and_tracks(clip, tmp_path, monkeypatc
 
     check(tmp_path / "ours")
     # there, the functions exist, and nobody calls them
-    monkeypatch.setattr("surgpose.adapt.track.follow", lambda found, cfg, **more: found)
-    monkeypatch.setattr("surgpose.adapt.pseudo.oks_nms", lambda poses, *a, **k: np.ones(len(poses), bool))
-    fails(check, tmp_path / "theirs")
+    idle = {
+        "suppress.oks_nms_frames": lambda poses, *a, **k: np.ones(len(poses), bool),
+        "track.follow": lambda found, cfg, **more: found,
+    }
+    for name, nothing in idle.items():
+        with monkeypatch.context() as one:
+            one.setattr(f"surgpose.adapt.{name}", nothing)
+            fails(check, tmp_path / name)
 
 
 def test_a_frame_with_a_missed_tool_is_never_background(found, clip, truth, tmp_path, monkeypatch):

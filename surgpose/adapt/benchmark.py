@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .pseudo import body_area, oks_nms
+from .pseudo import body_area
 from .scripted import place_tool
+from .suppress import oks_nms_frames
 from ..data.coco import AREA_SHARE
 from ..data.show import CYCLE, new_figure
 from ..geometry import oks
@@ -50,7 +51,7 @@ def crowd(
 def loop_oks_nms(
     poses: Poses,
     threshold: float,  # poses that agree more than this are the same tool
-) -> np.ndarray:  # (N,) bool, as `oks_nms` gives it
+) -> np.ndarray:  # (N,) bool, as `oks_nms_frames` gives it for one frame
     "Suppress duplicates pair by pair, without arrays."
     kpts, boxes, kept = poses.keypoints.tolist(), poses.xywh_px.tolist(), []
     for i in np.argsort(-poses.score, kind="stable").tolist():
@@ -121,7 +122,7 @@ def benchmark(
     for n in nms_sizes:
         args = crowd(n, seats, seed=seed), 0.5
         rows.append(dict(what="OKS-NMS / plain loop", n=n)
-                    | time_abba(partial(loop_oks_nms, *args), partial(oks_nms, *args), rounds))
+                    | time_abba(partial(loop_oks_nms, *args), partial(oks_nms_frames, args[0], np.zeros(n), args[1]), rounds))
     for n in oks_sizes:
         a, b = crowd(n, seats, seed=seed), crowd(n, seats, seed=seed + 1)
         args = a.keypoints, b.keypoints, body_area(a.xywh_px)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from surgpose.adapt.augment import Evidence
 
 # %% auto #0
-__all__ = ['REASONS', 'FILTERS', 'COLUMNS', 'clean_poses', 'doubts', 'filter_poses', 'body_area', 'agreement', 'oks_nms',
-           'Candidates', 'make_table', 'poses_of', 'add_reason', 'candidates', 'is_settled', 'frame_states', 'counts',
-           'fig_counts', 'pseudo_verdict', 'write_candidates', 'read_candidates']
+__all__ = ['REASONS', 'FILTERS', 'COLUMNS', 'clean_poses', 'doubts', 'body_area', 'agreement', 'Candidates', 'make_table',
+           'poses_of', 'add_reason', 'candidates', 'is_settled', 'frame_states', 'counts', 'fig_counts',
+           'pseudo_verdict', 'write_candidates', 'read_candidates']
 
 # %% ../../nbs/40_pseudo.ipynb #c006
 def clean_poses(
@@ -81,26 +81,14 @@ def doubts(
     few = (poses.keypoints[..., 2] > 0).sum(1) < cfg.min_kps
     return [("low_score",) * bool(w) + ("few_keypoints",) * bool(f) for w, f in zip(weak, few, strict=True)]
 
-# %% ../../nbs/40_pseudo.ipynb #c014
-def filter_poses(
-    poses: Poses,
-    cfg: PseudoConfig,
-    *,
-    frame: Frame | None = None,  # bounds boxes and points
-) -> tuple[Poses, Poses]:  # the sure ones and the doubtful ones; unsure keypoints are (0, 0, 0) in both
-    "Part poses that may be labels from those that may not; below `doubt_conf` they are noise and in neither."
-    poses = clean_poses(poses[poses.score >= cfg.doubt_conf], cfg.kp_conf, frame=frame)
-    sure = np.array([not d for d in doubts(poses, cfg)], bool)
-    return poses[sure], poses[~sure]
-
-# %% ../../nbs/40_pseudo.ipynb #c018
+# %% ../../nbs/40_pseudo.ipynb #c015
 def body_area(
     xywh_px: np.ndarray,  # (..., 4)
 ) -> np.ndarray:  # (...) px^2
     "Estimate a tool's area from its box."
     return AREA_SHARE * np.asarray(xywh_px)[..., 2] * np.asarray(xywh_px)[..., 3]
 
-# %% ../../nbs/40_pseudo.ipynb #c020
+# %% ../../nbs/40_pseudo.ipynb #c017
 def agreement(
     pose: np.ndarray,  # (5, 3) x, y in px, and 0 for a point without label
     others: np.ndarray,  # (N, 5, 3)
@@ -111,24 +99,7 @@ def agreement(
     both[..., 2] *= pose[:, 2] > 0
     return oks(both, pose[None], area_px2)[:, 0]
 
-# %% ../../nbs/40_pseudo.ipynb #c022
-def oks_nms(
-    poses: Poses,  # of one frame
-    threshold: float,  # poses that agree more than this are the same tool
-    *,
-    rank: np.ndarray | None = None,  # (N,) who goes first; the score when absent
-) -> np.ndarray:  # (N,) bool, True for those that stay
-    "Leave of each group of agreeing poses the strongest, whatever their classes; ties go to the earlier one."
-    area, keep = body_area(poses.xywh_px), np.zeros(len(poses), bool)
-    alive = np.argsort(-(poses.score if rank is None else np.asarray(rank)), kind="stable")
-    while len(alive):
-        best, rest = alive[0], alive[1:]
-        keep[best] = True
-        alike = agreement(poses.keypoints[best], poses.keypoints[rest], (area[best] + area[rest]) / 2)
-        alive = rest[alike <= threshold]
-    return keep
-
-# %% ../../nbs/40_pseudo.ipynb #c027
+# %% ../../nbs/40_pseudo.ipynb #c021
 COLUMNS = dict(frame=int, t_s=float, track=int, category_id=int, score=float, x=float, y=float, w=float,
                h=float, keypoints=object, kept=bool, reasons=object,  # 15 numbers; track -1 is not linked
                misfit=float,  # of the parametric tool, a share of the box's diagonal; NaN is not measured
@@ -142,7 +113,7 @@ class Candidates:
     min_tools: int = 1  # labels a frame needs
     spare: tuple[int, ...] = ()  # frames that need not be learned from: `adapt.frames`
 
-# %% ../../nbs/40_pseudo.ipynb #c028
+# %% ../../nbs/40_pseudo.ipynb #c022
 def make_table(
     rows: Sequence[dict],  # with the keys of `COLUMNS`
 ) -> pd.DataFrame:
@@ -151,7 +122,7 @@ def make_table(
     table = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     return table.sort_values(["frame", "track"], kind="stable", ignore_index=True)
 
-# %% ../../nbs/40_pseudo.ipynb #c030
+# %% ../../nbs/40_pseudo.ipynb #c024
 def poses_of(
     rows: pd.DataFrame,  # rows of a candidate table
 ) -> Poses:
@@ -170,7 +141,7 @@ def add_reason(
     reasons = [names + (name,) * bool(b) for names, b in zip(table.reasons, bad, strict=True)]
     return table.assign(reasons=pd.Series(reasons, table.index, object), kept=np.array([not r for r in reasons], bool))
 
-# %% ../../nbs/40_pseudo.ipynb #c033
+# %% ../../nbs/40_pseudo.ipynb #c027
 def candidates(
     predictions: Sequence[tuple[Frame, Poses]],  # the teacher's, down to `doubt_conf`
     cfg: PseudoConfig,
@@ -218,7 +189,7 @@ def _doubt_views(table: pd.DataFrame, cfg: PseudoConfig) -> pd.DataFrame:
         table = add_reason(table, name, np.where(labelled, np.nan_to_num(px), 0).max(1, initial=0) > limit * diagonal)
     return add_reason(table, "unsupported", table.support < cfg.min_support)
 
-# %% ../../nbs/40_pseudo.ipynb #c038
+# %% ../../nbs/40_pseudo.ipynb #c032
 def is_settled(
     table: pd.DataFrame,
 ) -> pd.Series:  # bool per row: a label, or explained by one
@@ -226,7 +197,7 @@ def is_settled(
     explained = [("duplicate" in names and "rejected" not in names) for names in table.reasons]
     return table.kept | np.array(explained, bool)
 
-# %% ../../nbs/40_pseudo.ipynb #c040
+# %% ../../nbs/40_pseudo.ipynb #c034
 def frame_states(
     found: Candidates,
 ) -> dict[int, str]:  # frame number -> "kept", "spare", "doubtful" or "empty", in the order of the frames
@@ -237,7 +208,7 @@ def frame_states(
     states = {f.index: fate[sound.get(f.index)] for f in found.frames}
     return {i: "spare" if state == "kept" and i in found.spare else state for i, state in states.items()}
 
-# %% ../../nbs/40_pseudo.ipynb #c044
+# %% ../../nbs/40_pseudo.ipynb #c038
 def counts(
     found: Candidates,
 ) -> dict:  # detections left after each filter, frames by fate, and how often each doubt occurs
@@ -254,7 +225,7 @@ def counts(
     labels = int(found.table.kept[found.table.frame.map(states) == "kept"].sum())
     return dict(out, labels=labels, reasons={name: why[name] for name in REASONS if why[name]})
 
-# %% ../../nbs/40_pseudo.ipynb #c047
+# %% ../../nbs/40_pseudo.ipynb #c041
 def fig_counts(
     counted: dict,  # as `counts` makes it
 ) -> Figure:
@@ -272,7 +243,7 @@ def fig_counts(
         ax.invert_yaxis(); ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../../nbs/40_pseudo.ipynb #c049
+# %% ../../nbs/40_pseudo.ipynb #c043
 def pseudo_verdict(
     counted: dict,  # as `counts` makes it
 ) -> str:
@@ -286,7 +257,7 @@ def pseudo_verdict(
     top = max(why, key=why.get)
     return f"{said} The most frequent doubt is '{top}' ({why[top]} times): {REASONS[top]}."
 
-# %% ../../nbs/40_pseudo.ipynb #c053
+# %% ../../nbs/40_pseudo.ipynb #c047
 def write_candidates(
     path: Path | str,
     found: Candidates,
@@ -296,7 +267,7 @@ def write_candidates(
     return write_json(path, dict(frames=[asdict(f) for f in found.frames], rows=rows, min_tools=found.min_tools,
                                  spare=found.spare), indent=None)
 
-# %% ../../nbs/40_pseudo.ipynb #c055
+# %% ../../nbs/40_pseudo.ipynb #c049
 def read_candidates(
     path: Path | str,
 ) -> Candidates:

@@ -33,19 +33,13 @@ def oks_nms_frames(
     *,
     rank: np.ndarray | None = None,  # (N,) who goes first; the score when absent
 ) -> np.ndarray:  # (N,) bool, True for those that stay
-    "Leave of each group of agreeing poses the strongest, in every frame."
+    "Leave of each group of agreeing poses the strongest, in every frame and whatever their classes; ties go to the earlier one."
     rank = poses.score if rank is None else np.asarray(rank)
-    order = np.lexsort((-rank, frame))
-    _, start, count = np.unique(np.asarray(frame)[order], return_index=True, return_counts=True)
-    kpts, area, alive = poses.keypoints[order], body_area(poses.xywh_px)[order], np.ones(len(poses), bool)
-    for k in range(count.max(initial=0)):
-        first = start[count > k] + k
-        after = (count[count > k] - k - 1) * alive[first]
-        leader = np.repeat(first, after)
-        other = leader + 1 + np.arange(len(leader)) - np.repeat(np.cumsum(after) - after, after)
-        leader, other = leader[alive[other]], other[alive[other]]
-        alike = pair_oks(kpts[leader], kpts[other], (area[leader] + area[other]) / 2)
-        alive[other[alike > threshold]] = False
-    keep = np.empty(len(poses), bool)
-    keep[order] = alive
+    kpts, area, frame = poses.keypoints, body_area(poses.xywh_px), np.asarray(frame)
+    keep, left = np.zeros(len(poses), bool), np.lexsort((-rank, frame))
+    while len(left):
+        first = np.diff(frame[left], prepend=frame[left[0]] - 1) != 0
+        keep[left[first]] = True
+        leader, left = left[first][np.cumsum(first) - 1][~first], left[~first]
+        left = left[pair_oks(kpts[leader], kpts[left], (area[leader] + area[left]) / 2) <= threshold]
     return keep
