@@ -36,16 +36,8 @@ def person_words(
     decisions: dict[Key, dict],  # what `standing` made of decisions.jsonl
 ) -> dict[tuple[int, int], str]:  # frame, track -> accept, fix or reject
     "Find the poses on which a person's word took effect."
-    decisions = place_decisions(found, decisions)
-    after, names = apply_decisions(found, decisions), {f.index: f.file_name for f in found.frames}
-    def facts(c: Candidates) -> dict:
-        rows = c.table[c.table.track >= 0].itertuples()
-        return {(r.frame, r.track): (r.kept, r.category_id, r.keypoints, r.reasons) for r in rows}
-    old, words = facts(found), {}
-    for place, new in facts(after).items():
-        word = decisions.get((names[place[0]], *place), {})
-        if word.get("by") == "person" and new != old.get(place): words[place] = word["verdict"]
-    return words
+    placed = place_decisions(found, decisions)
+    return {key[1:]: said["verdict"] for key, said in placed.items() if said["by"] == "person" and said["verdict"] != "absent"}
 
 # %% ../../nbs/50_refine.ipynb #c007
 JPEG_QUALITY = 95

@@ -53,11 +53,12 @@ class ReviewItem:
 def review_items(
     found: Candidates,
     *,
-    everything: bool = False,  # the sure poses too
+    everything: bool = False,  # the sure poses too, and those of frames that need not be learned from
 ) -> list[ReviewItem]:  # the most doubtful first, then in order of time
     "List what a person should look at."
     frames = {f.index: f for f in found.frames}
-    rows = found.table[(found.table.track >= 0) & (everything | ~is_settled(found.table))]
+    asked = ~is_settled(found.table) & ~found.table.frame.isin(found.spare)
+    rows = found.table[(found.table.track >= 0) & (everything | asked)]
     items = [ReviewItem(f.file_name, r.frame, r.track, r.t_s, r.category_id, r.score,
                         np.array([r.x, r.y, r.w, r.h]), np.reshape(r.keypoints, (-1, 3)), r.reasons,
                         (f.width, f.height))
@@ -266,7 +267,8 @@ def apply_decisions(
     "Overlay candidates with what was decided."
     if not isinstance(decisions, dict): decisions = standing(read_decisions(decisions)) if decisions else {}
     frames, rows = {f.index: f for f in found.frames}, found.table.to_dict("records")
-    left, gone = place_decisions(found, decisions), []
+    placed = place_decisions(found, decisions)
+    left, gone = dict(placed), []
     for row in rows:
         frame = frames[row["frame"]]
         said = left.pop((frame.file_name, row["frame"], row["track"]), None) if row["track"] >= 0 else None
@@ -276,7 +278,9 @@ def apply_decisions(
         row = dict.fromkeys(found.table.columns) | dict(frame=index, t_s=frames[index].t_s, track=track, score=1.0, reasons=(),
                                                         category_id=1, keypoints=[0.0] * 15, **dict(zip("xywh", box_of(said), strict=True)))
         rows.append(row | _decided(row, said, frames[index]))
-    return replace(found, table=make_table([row for row in rows if not any(row is other for other in gone)]))
+    spoken = {frame for (_, frame, _), said in placed.items() if said["by"] == "person"}
+    return replace(found, table=make_table([row for row in rows if not any(row is other for other in gone)]),
+                   spare=tuple(frame for frame in found.spare if frame not in spoken))
 
 # %% ../../nbs/42_review.ipynb #c025
 def _decided(row: dict, said: dict, frame: Frame) -> dict:
