@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
-from .pseudo import Candidates, agreement, body_area, make_table, poses_of
+from .pseudo import Candidates, agreement, body_area, clean_poses, make_table, poses_of
 from .smooth import sample_step, smooth_track, spread_of
 from ..config import TrackConfig
 from ..data.show import new_figure
@@ -159,13 +159,14 @@ def fill_gaps(
     noise = np.hstack([np.repeat(spread_of(rows), 2, 1), np.ones((len(rows), 4))])
     mean, _ = smooth_track(steps, np.hstack([xy, rows[list("xywh")]]), at, noise_px=noise)
     points = mean[:, :-4].reshape(len(missing), -1, 2)
-    points = np.dstack([points, np.isfinite(points).all(-1)])
-    boxes = np.maximum(mean[:, -4:], [-np.inf, -np.inf, 1, 1])
-    same = dict(track=rows.track.iloc[0], category_id=rows.category_id.iloc[0], score=0.0, kept=False)
-    flat = np.nan_to_num(points).round(2).reshape(len(missing), -1).tolist()
-    return [dict(same, reasons=("gap",), frame=f.index, t_s=f.t_s, keypoints=k,
-                 **dict(zip("xywh", box.round(2).tolist(), strict=True)))
-            for f, k, box in zip(missing, flat, boxes, strict=True)]
+    points = np.nan_to_num(np.dstack([points, np.isfinite(points).all(-1)])).round(2)
+    boxes = np.maximum(mean[:, -4:], [-np.inf, -np.inf, 1, 1]).round(2)
+    same = dict(track=rows.track.iloc[0], kept=False, reasons=("gap",))
+    out = []
+    for f, kpts, box in zip(missing, points, boxes, strict=True):
+        pose = clean_poses(Poses([rows.category_id.iloc[0]], [0.0], box[None], kpts[None]), 0.5, frame=f)
+        out += [dict(same, **r, frame=f.index, t_s=f.t_s, **dict(zip("xywh", r["bbox"], strict=True))) for r in pose.to_rows()]
+    return out
 
 # %% ../../nbs/41_track.ipynb #c033
 def follow(
@@ -189,7 +190,7 @@ def follow(
     rows = [row for part in (found.table[~single], *tracks) for row in part.to_dict("records")]
     return replace(found, table=make_table(rows + gaps))
 
-# %% ../../nbs/41_track.ipynb #c041
+# %% ../../nbs/41_track.ipynb #c042
 def track_table(
     found: Candidates,
 ) -> pd.DataFrame:  # one row per track, the longest first
@@ -203,7 +204,7 @@ def track_table(
     rows = [total(t, g) for t, g in found.table[found.table.track >= 0].groupby("track")]
     return pd.DataFrame(rows, columns=columns).sort_values("detections", ascending=False, ignore_index=True)
 
-# %% ../../nbs/41_track.ipynb #c044
+# %% ../../nbs/41_track.ipynb #c045
 def fig_tracks(
     found: Candidates,
 ) -> Figure:
