@@ -5,8 +5,9 @@
 # %% ../../nbs/50d_change.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,13 +62,39 @@ def _tools_of(truth: dict | TipTracks) -> dict[int, dict[str, np.ndarray]]:
             twin = len(set(truth.track_id[truth.category_id == c].tolist())) > 1
             out.setdefault(int(f), {})[class_name(int(c)) + f" {track}" * twin] = kpts
         return out
-    groups = annotations_by_image(truth)
-    for im in truth["images"]:
+    groups, known = annotations_by_image(truth), {c: {} for c in range(1, len(CLASSES) + 1)}
+    called = {c: _called(groups.values(), c) for c in known}
+    for im in sorted(truth["images"], key=lambda im: im["frame"]):
         tools = out.setdefault(im["frame"], {})
-        for a in sorted(groups[im["id"]], key=lambda a: a["id"]):
-            name, n = class_name(a["category_id"]), sum(t.startswith(class_name(a["category_id"])) for t in tools)
-            tools[name + f" {n + 1}" * bool(n)] = np.reshape(a["keypoints"], (-1, 3)).astype(float)
+        for c, last in known.items():
+            mine = [a for a in groups[im["id"]] if a["category_id"] == c and has_keypoints(a)]
+            for name, a in zip(_names(mine, last, class_name(c), called[c]), mine, strict=True):
+                tools[name] = np.reshape(a["keypoints"], (-1, 3)).astype(float)
+                last[name] = a
     return out
+
+
+def _called(frames: Iterable[list[dict]], category_id: int) -> str | None:
+    "Find what tells the tools of a class apart in every frame."
+    names = {key: [[a.get(key) for a in tools if a["category_id"] == category_id] for tools in frames] for key in ("track", "asset")}
+    return next((key for key, told in names.items() if all(None not in t and len(set(t)) == len(t) for t in told)), None)
+
+
+def _names(tools: list[dict], last: dict[str, dict], kind: str, key: str | None) -> list[str]:
+    "Name the tools of one class and frame: by what the labels call them, else as the nearest of those before."
+    def far(a: dict, b: dict) -> float: return (0.0 if a[key] == b[key] else 1e9) if key else _apart(a, b)
+    gaps = np.array([[far(a, b) for b in last.values()] for a in tools]).reshape(len(tools), len(last))
+    rows, columns = linear_sum_assignment(gaps)
+    out = {int(i): list(last)[j] for i, j in zip(rows, columns, strict=True) if gaps[i, j] < 1e9}
+    fresh = (kind + f" {n}" * (n > 1) for n in count(len(last) + 1))
+    return [out[i] if i in out else next(fresh) for i in range(len(tools))]
+
+
+def _apart(a: dict, b: dict) -> float:
+    a, b = (np.reshape(x["keypoints"], (-1, 3)) for x in (a, b))
+    both = (a[:, 2] > 0) & (b[:, 2] > 0)
+    ends = (a[both, :2], b[both, :2]) if both.any() else [x[x[:, 2] > 0, :2].mean(0) for x in (a, b)]
+    return float(np.linalg.norm(ends[0] - ends[1], axis=-1).mean())
 
 # %% ../../nbs/50d_change.ipynb #c007
 def _match(tools: dict[str, np.ndarray], poses: Poses, reach_px: float) -> dict[str, int]:
@@ -119,7 +146,8 @@ def _measure(values: dict[str, np.ndarray], frames: np.ndarray, step_s: float) -
     v, nan = {k: a[frames] for k, a in values.items()}, float("nan")
     def middle(a: np.ndarray) -> float: return float(np.nanmedian(a)) if np.isfinite(a).any() else nan
     seen = v["expected"].sum()
-    numbers = middle(v["error_px"]), middle(v["tremble_px"]), v["begins"].sum() / (len(frames) * step_s / 60), v["missed"].sum() / seen
+    missed = v["missed"].sum() / seen if seen else nan
+    numbers = middle(v["error_px"]), middle(v["tremble_px"]), v["begins"].sum() / (len(frames) * step_s / 60), missed
     return dict(zip(MEASURES, map(float, numbers), strict=True)) if seen else dict.fromkeys(MEASURES, nan) | {"tip jitter / px": numbers[1]}
 
 # %% ../../nbs/50d_change.ipynb #c014
