@@ -222,7 +222,8 @@ class ReviewView:
 
     def _return_to(self, key: tuple | None) -> None:
         at = [i for i, item in enumerate(self.state.items) if item.key == key]
-        self.note = "" if key else "There is nothing to undo or redo."
+        if key is None: self.note = "There is nothing to undo or redo."
+        elif not at: self.note = f"Done for frame {key[1]}, track {key[2]}, which is not among these poses."
         self.show(at[0] if at else self.position)
 
     def _matching(self) -> list[int]:
@@ -231,7 +232,8 @@ class ReviewView:
 
     def move(self, start: int) -> None:
         "Show the first open item from number `start` on, going round once."
-        left = [i for i in self.state.open_items() if i in set(self._matching())]
+        matching = set(self._matching())
+        left = [i for i in self.state.open_items() if i in matching]
         ahead = [i for i in left if i >= start]
         self.show((ahead or left or [len(self.state.items)])[0])
 
@@ -258,7 +260,7 @@ class ReviewView:
         item, (kpts, kind) = self.state.items[i], self.state.pose(i)
         near = neighbours(self.state, item)[self.ghost.value] if self.ghost.value >= 0 else None
         seen_near = near and (not hasattr(self.images, "__contains__") or near.frame in self.images)
-        size = self.images(item.frame).shape[1::-1]
+        size = item.size_px if min(item.size_px) > 0 else self.images(item.frame).shape[1::-1]
         scene = make_scene(i, kpts, kind, size, focus_px=surroundings(item) if self.close.value else None,
                            ghost_kpts=self.state.stands(near)[0] if near else None)
         self.canvas.show(scene, self._jpeg(item.frame), self._jpeg(near.frame) if seen_near else b"")
