@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['RIGHT_OKS', 'RULES', 'match_tools', 'tools_by_frame', 'judge_poses', 'quality_curve', 'doubt_worth', 'fig_quality',
-           'quality_verdict']
+__all__ = ['RIGHT_OKS', 'RULES', 'match_tools', 'tools_by_frame', 'shares_frames', 'judge_poses', 'quality_curve', 'doubt_worth',
+           'fig_quality', 'quality_verdict']
 
 # %% ../../nbs/40d_quality.ipynb #c005
 RIGHT_OKS = 0.5
@@ -54,6 +54,15 @@ def tools_by_frame(
     "Sort the true tools by frame number."
     number = {im["id"]: im["frame"] for im in truth["images"]}
     return {number[i]: p[(p.keypoints[..., 2] > 0).any(1)] for i, p in poses_by_image(truth).items()}
+
+
+def shares_frames(
+    found: Candidates,
+    truth: object,  # COCO labels of a video; whatever else has no such frames
+) -> bool:
+    "Tell whether any frame that was looked at is labelled."
+    labelled = {im.get("frame") for im in truth.get("images", ())} if isinstance(truth, dict) else set()
+    return any(f.index in labelled for f in found.frames)
 
 
 def judge_poses(
@@ -158,7 +167,8 @@ def quality_verdict(
     at = curve.threshold.iloc[(curve.threshold - chosen).abs().argmin()]
     alone, doubted = (curve[(curve.rule == rule) & (curve.threshold == at)].iloc[0] for rule in RULES)
     if not alone.labels: return f"At a score of {at:g} there is no label to judge."
+    if np.isnan(alone.recall): return f"The labelled frames show no tool, so all {alone.labels} labels at a score of {at:g} are wrong."
     said = f"At a score of {at:g}, {alone.precision:.0%} of {alone.labels} labels are right and reach {alone.recall:.0%} of the tools"
     if not doubted.labels: return f"{said}; with the doubts none is left."
-    return (f"{said}; with the doubts it is {doubted.precision:.0%} ({doubted.precision_low:.0%} to {doubted.precision_high:.0%}) "
-            f"of {doubted.labels}, and {doubted.recall:.0%} of the tools.")
+    ends = f" ({doubted.precision_low:.0%} to {doubted.precision_high:.0%})" if np.isfinite(doubted.precision_low) else ""
+    return f"{said}; with the doubts it is {doubted.precision:.0%}{ends} of {doubted.labels}, and {doubted.recall:.0%} of the tools."
