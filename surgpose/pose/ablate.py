@@ -64,18 +64,20 @@ def cad_order(
 # %% ../../nbs/30d_ablate.ipynb #c011
 def write_cad_order(
     data: Path | str,  # a rendered dataset folder
-    out: Path | str,  # a new one
+    out: Path | str,  # a new one, or one that a broken-off call left
 ) -> Path:  # `out`
     "Write a dataset again with the CAD's names of the jaws."
     data, out = Path(data), Path(out)
-    if out.exists() and any(out.iterdir()): raise ValueError(f"{out}: expected a new or empty folder")
+    labels = out / "coco_annotations.json"  # written last: without it, an earlier call was broken off
+    if labels.exists(): raise ValueError(f"{out}: expected a folder without a dataset, got one; choose another")
     coco = cad_order(read_coco(data / "coco_annotations.json"), read_jsonl(data / "scenes.jsonl"))
     for im in coco["images"]:
         source, target = safe_join(data, im["file_name"]), out / im["file_name"]
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         try: os.link(source.resolve(), target)
         except OSError: shutil.copyfile(source, target)  # another disk, or no links there
-    write_coco(out / "coco_annotations.json", coco)
+    write_coco(labels, coco)
     return out
 
 # %% ../../nbs/30d_ablate.ipynb #c014
