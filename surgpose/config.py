@@ -19,8 +19,8 @@ from .render_settings import RenderConfig, Section
 # %% auto #0
 __all__ = ['PROFILES', 'MAX_YAML_BYTES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig',
            'RefineConfig', 'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'read_yaml', 'load_config',
-           'override', 'project_root', 'shared_dir', 'from_environment', 'videos_from_environment', 'output_root',
-           'RenderConfig', 'Section']
+           'override', 'project_root', 'shared_dir', 'cache_root', 'from_environment', 'videos_from_environment',
+           'output_root', 'RenderConfig', 'Section']
 
 # %% ../nbs/01_config.ipynb #c005
 _all_ = ["RenderConfig", "Section"]
@@ -248,6 +248,12 @@ def shared_dir() -> Path | None:  # folder with real footage, scanned tools and 
     return folder.resolve() if folder.is_dir() else None
 
 # %% ../nbs/01_config.ipynb #c037
+def cache_root() -> Path:  # SURGPOSE_CACHE, else surgpose in XDG_CACHE_HOME or ~/.cache; may not exist yet
+    "Tell where things are kept that can be made again."
+    if os.environ.get("SURGPOSE_CACHE"): return Path(os.environ["SURGPOSE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose"
+
+# %% ../nbs/01_config.ipynb #c040
 def from_environment(
     cfg: RunConfig,
     environ: Mapping[str, str] | None = None,  # os.environ when absent
@@ -262,7 +268,7 @@ def from_environment(
     found = {k: p for k, p in inputs.items() if p.exists() and getattr(cfg.render, k) is None}
     return cfg.model_copy(update=dict(render=RenderConfig(**{**cfg.render.model_dump(), **found})))
 
-# %% ../nbs/01_config.ipynb #c038
+# %% ../nbs/01_config.ipynb #c041
 def videos_from_environment(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> list[Path]:  # the clips in PROJ_DATA/vids_test, sorted; empty without PROJ_DATA
@@ -271,7 +277,7 @@ def videos_from_environment(
     if not data: return []
     return sorted(p for p in (Path(data) / "vids_test").glob("*") if p.suffix.lower() in {".mp4", ".mkv", ".avi", ".mov"})
 
-# %% ../nbs/01_config.ipynb #c039
+# %% ../nbs/01_config.ipynb #c042
 def output_root(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> Path:  # PROJ_OUT, or reports/ of the checkout

@@ -126,7 +126,7 @@ def test_another_generation_trains(toy_dataset, tmp_path):
 
 
 def test_official_weights_are_fetched_only_when_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SURGPOSE_CACHE", str(tmp_path / "cache"))
 
     def unreachable(url: str, path: Path, timeout_s: float) -> None:
         raise OSError(f"no route to {url}")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import re
 import urllib.error
 import urllib.parse
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ..config import cache_root
 from ..files import atomic_path, sha256_file
 from .model import read_weights
 
@@ -95,4 +95,4 @@ def _check(path: Path, source: str, sha256: str | None) -> None:
 # %% ../../nbs/30c_download.ipynb #c016
 def weights_cache() -> Path:  # may not exist yet
     "Tell where fetched weights are kept."
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose" / "weights"
+    return cache_root() / "weights"

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from ..config import project_root
+from ..config import cache_root, project_root
 from ..files import atomic_path, sha256_file, utc_now
 from ..schema import CLASSES, KEYPOINTS, SIGMAS
 
@@ -37,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # %% ../../nbs/30a_model.ipynb #c009
 def ultralytics() -> ModuleType:  # the package, ready for use
     "Import Ultralytics offline and quiet, with the restricted unpickler."
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose" / "ultralytics"
+    cache = cache_root() / "ultralytics"
     os.environ.update(ULTRALYTICS_SAFE_LOAD="true", YOLO_AUTOINSTALL="false")
     for name, value in dict(YOLO_OFFLINE="true", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=str(cache),
                             OMP_NUM_THREADS=str(cpu_threads())).items():  # Ultralytics would set it to 1

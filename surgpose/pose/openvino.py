@@ -20,15 +20,15 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from ..config import EvaluateConfig, PredictConfig
+from ..config import EvaluateConfig, PredictConfig, cache_root
 from ..data.yolo import POINT_SHIFT
 from ..files import check_manifest, read_json, write_manifest
-from .model import find_weights, load_model, model_sha, resolve_device, ultralytics
+from .model import cpu_threads, find_weights, load_model, model_sha, resolve_device, ultralytics
 from ..schema import CLASSES, KEYPOINTS, Poses
 
 # %% auto #0
-__all__ = ['openvino', 'choose_backend', 'cache_root', 'export_network', 'cached_network', 'export_files', 'letterbox',
-           'read_output', 'FastNetwork']
+__all__ = ['openvino', 'choose_backend', 'export_network', 'cached_network', 'export_files', 'letterbox', 'read_output',
+           'FastNetwork']
 
 # %% ../../nbs/32a_openvino.ipynb #c005
 def openvino() -> ModuleType:  # the package, ready for use
@@ -58,12 +58,6 @@ def choose_backend(
     return "torch"
 
 # %% ../../nbs/32a_openvino.ipynb #c013
-def cache_root() -> Path:  # SURGPOSE_CACHE, or ~/.cache/surgpose
-    "Tell where things are kept that can be made again."
-    if os.environ.get("SURGPOSE_CACHE"): return Path(os.environ["SURGPOSE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose"
-
-# %% ../../nbs/32a_openvino.ipynb #c014
 def _whole(folder: Path) -> bool:
     try: return check_manifest(folder) == []
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -74,7 +68,7 @@ def _settle(made: Path, folder: Path) -> None:
     except OSError:
         if not _whole(folder): raise  # else another process was faster
 
-# %% ../../nbs/32a_openvino.ipynb #c015
+# %% ../../nbs/32a_openvino.ipynb #c014
 def export_network(
     weights: Path | str,  # a trained checkpoint
     folder: Path,  # an empty one, for net.xml, net.bin, net.onnx or net.engine
@@ -95,7 +89,7 @@ def export_network(
     source.unlink()
     return next(made.glob("*.xml")) if made.is_dir() else made
 
-# %% ../../nbs/32a_openvino.ipynb #c016
+# %% ../../nbs/32a_openvino.ipynb #c015
 def cached_network(
     weights: Path | str,  # a trained checkpoint
 ) -> Path:  # folder with net.xml, net.bin and manifest.json
@@ -111,7 +105,7 @@ def cached_network(
         _settle(made, folder)
     return folder
 
-# %% ../../nbs/32a_openvino.ipynb #c020
+# %% ../../nbs/32a_openvino.ipynb #c019
 def export_files(
     weights: Path | str | None,  # a trained checkpoint; the project's starter weights when absent
     out: Path | str,  # folder for NAME.xml and NAME.bin, NAME.onnx or NAME.engine
@@ -132,7 +126,7 @@ def export_files(
             os.replace(made.with_suffix(suffix), out / f"{found.stem}{suffix}")
     return out / f"{found.stem}{made.suffix}"
 
-# %% ../../nbs/32a_openvino.ipynb #c023
+# %% ../../nbs/32a_openvino.ipynb #c022
 _STRIDE = 32  # px; the coarsest grid of the network
 
 def letterbox(
@@ -149,7 +143,7 @@ def letterbox(
     padded = cv2.copyMakeBorder(image_bgr, low[1], high[1], low[0], high[0], cv2.BORDER_CONSTANT, value=(114, 114, 114))
     return padded, np.array(low), inner / size
 
-# %% ../../nbs/32a_openvino.ipynb #c027
+# %% ../../nbs/32a_openvino.ipynb #c026
 def read_output(
     columns: np.ndarray,  # (4 + 2 + 15, N): box centre and size, class scores, keypoints
     cfg: PredictConfig | EvaluateConfig,
@@ -168,14 +162,14 @@ def read_output(
     points = columns[4 + n :, keep[best]].T.reshape(-1, len(KEYPOINTS), 3).astype(float)
     return Poses(label[best] + 1, score[best], box[best], points)
 
-# %% ../../nbs/32a_openvino.ipynb #c028
+# %% ../../nbs/32a_openvino.ipynb #c027
 def _back(poses: Poses, shift: np.ndarray, scale: np.ndarray, size: np.ndarray) -> Poses:
     def place(xy: np.ndarray) -> np.ndarray: return ((xy - shift) / scale).clip(0, size)
     low, high = place(poses.xywh_px[:, :2]), place(poses.xywh_px[:, :2] + poses.xywh_px[:, 2:])
     points = np.concatenate([place(poses.keypoints[..., :2]) - POINT_SHIFT, poses.keypoints[..., 2:]], -1)
     return Poses(poses.category_id, poses.score, np.concatenate([low, high - low], 1), points)
 
-# %% ../../nbs/32a_openvino.ipynb #c030
+# %% ../../nbs/32a_openvino.ipynb #c029
 class FastNetwork:
     "A trained network that OpenVINO runs."
 
@@ -194,7 +188,7 @@ class FastNetwork:
             network = self._core.read_model(self._path)
             if key: network.reshape(list(key))
             options: dict[str, Any] = dict(PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT="f32", ENABLE_CPU_PINNING=False,
-                                           INFERENCE_NUM_THREADS=max(1, (os.cpu_count() or 1) // 2))
+                                           INFERENCE_NUM_THREADS=max(1, cpu_threads() // 2))
             self._requests[key] = self._core.compile_model(network, "CPU", options).create_infer_request()
         return self._requests[key]
 
