@@ -92,16 +92,19 @@ def propose_labels(
 ) -> dict:  # the counts
     "Predict a video, judge every pose, and collect the frames that may be trained on."
     from surgpose.adapt.augment import second_look
-    from surgpose.adapt.frames import find_spare
+    from surgpose.adapt.frames import common_step, find_spare, sampled
     from surgpose.adapt.paths import paths_table, write_paths
     from surgpose.adapt.pseudo import candidates, counts, write_candidates
     from surgpose.adapt.refine import pseudo_dataset
     from surgpose.adapt.review import apply_decisions
     from surgpose.adapt.track import follow
     from surgpose.pose.predict import predict, read_predictions
-    wide = (base or PredictConfig()).model_copy(update=dict(conf=pseudo.doubt_conf, stride=pseudo.stride, overlay=False))
+    wanted = sampled(video, pseudo)
+    step = dict(stride=common_step(wanted))
+    wide = (base or PredictConfig()).model_copy(update=dict(conf=pseudo.doubt_conf, overlay=False) | step)
     predict(video, out / "all", wide, weights=weights, device=device)
-    seen, evidence = second_look(video, read_predictions(out / "all"), out / "all" / "augmented.jsonl", pseudo,
+    first = [(frame, poses) for frame, poses in read_predictions(out / "all") if frame.index in wanted]
+    seen, evidence = second_look(video, first, out / "all" / "augmented.jsonl", pseudo.model_copy(update=step),
                                  weights=weights, base=wide, device=device)
     found = replace(follow(candidates(seen, pseudo, evidence=evidence), track), spare=find_spare(video, pseudo))
     write_candidates(out / "candidates.json", found)
@@ -183,7 +186,7 @@ PHASES: tuple[Phase, ...] = (
           inputs=lambda job: (job.video,), clears=("predictions",), code=("pose/predict",)),
     Phase("pseudo", pseudo_phase, needs=("train",),
           makes=("pseudo/candidates.json", "pseudo/counts.json", "pseudo/dataset/coco_annotations.json"),
-          sections=("pseudo", "track", "predict"), clears=("pseudo/all", "pseudo/dataset"),
+          sections=("pseudo", "track", "predict"), clears=("pseudo/dataset",),
           inputs=lambda job: (job.video, _decisions(job)), code=_PROPOSE),
     Phase("refine", refine_phase, needs=("render", "train", "pseudo"), makes=("refined/refine.json",),
           sections=("train", "refine", "evaluate", "seed"), clears=("refined",), code=("adapt/rounds", *_PROPOSE),

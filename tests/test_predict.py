@@ -139,6 +139,31 @@ def test_parts_of_other_settings_are_not_continued(clip, trained_toy, tmp_path, 
     assert [f.index for f, _ in read_predictions(tmp_path / "a")] == [0, 4, 8]
 
 
+def test_what_is_finished_is_kept_as_long_as_it_is_what_is_asked_for(
+    clip, trained_toy, tmp_path, monkeypatch, capfd
+):
+    out, cfg, worked, work = tmp_path / "out", PredictConfig(**LOOSE, backend="torch"), [], rooms._work
+    monkeypatch.setattr(rooms, "_work", lambda *args: (worked.append(args), work(*args)))
+
+    def works(source=clip, **changed) -> bool:
+        worked.clear()
+        predict(source, out, cfg.model_copy(update=changed), weights=trained_toy, device="cpu")
+        assert read_predictions(out) and (out / "predictions.csv").is_file()
+        return bool(worked)
+
+    assert works()
+    capfd.readouterr()
+    assert not works() and "up to date" in capfd.readouterr().err
+    assert not works(overlay=False) and works(imgsz=64) and works(conf=0.5, imgsz=64)
+    (out / "overlay.mp4").unlink()
+    assert works(conf=0.5, imgsz=64) and (out / "overlay.mp4").is_file()
+    with write_video(tmp_path / clip.name, fps=10, width=96, height=64) as film:
+        film.write(np.zeros((64, 96, 3), np.uint8))
+    assert works(tmp_path / clip.name) and not works(tmp_path / clip.name), "another film of the same name"
+    monkeypatch.setattr(rooms, "source_hash", lambda *names: "newer")
+    assert works(tmp_path / clip.name), "another program"
+
+
 def test_the_size_of_parts_changes_nothing(clip, trained_toy, tmp_path):
     a, b = (written(run(clip, tmp_path / str(n), trained_toy, checkpoint=n)) for n in (1, 500))
     assert a[0] == b[0] and a[1] == b[1] and a[2].shape == b[2].shape

@@ -19,6 +19,7 @@ from .track import affinity, assign
 from ..config import PredictConfig, PseudoConfig, TrackConfig
 from ..files import append_jsonl, hash_data, read_jsonl
 from ..schema import KEYPOINTS, Frame, Poses, flip_keypoints
+from ..sources import source_hash
 
 # %% auto #0
 __all__ = ['VIEWS', 'Finder', 'View', 'show_view', 'take_back', 'Evidence', 'weigh_views', 'network_finder', 'look_again',
@@ -198,6 +199,6 @@ def second_look(
     from surgpose.pose.model import find_weights, model_sha
     if not cfg.augment: return list(predictions), None
     weights, base = find_weights(weights), base or PredictConfig()
-    facts = dict(weights=model_sha(weights), imgsz=base.imgsz, iou=base.iou, conf=base.conf)
+    facts = dict(weights=model_sha(weights), imgsz=base.imgsz, iou=base.iou, conf=base.conf, code=source_hash("adapt/augment"))
     found = look_again(source, predictions, network_finder(weights, base, device=device), path, cfg, facts=facts)
     return [(f, p) for f, p, _ in found], [e for *_, e in found]

@@ -29,12 +29,13 @@ from ..data.join import join_videos
 from ..data.video import (VideoInfo, camera_number, count_source, is_video, iter_source, list_images, read_camera,
                                  read_image, video_info, write_video)
 from ..data.yolo import POINT_SHIFT
-from ..files import atomic_path, lock_folder, utc_now, versions
+from ..files import atomic_path, hash_data, lock_folder, read_json, utc_now, versions
 from .model import find_weights, lacks_memory, load_model, memory_in_use, model_sha, resolve_device
 from .openvino import FastNetwork, choose_backend
 from .record import (Parts, ahead, predictions_dict, predictions_table, read_predictions, write_predictions,
                                   write_table)
 from ..schema import CLASSES, Frame, Poses
+from ..sources import source_hash
 
 if TYPE_CHECKING:
     from ultralytics import YOLO
@@ -202,6 +203,7 @@ def _join(source: _Source, parts: Parts, out: Path, cfg: PredictConfig) -> None:
         join_videos(pieces, out)
 
 def _finish(source: _Source, parts: Parts, out: Path, cfg: PredictConfig, facts: dict) -> None:
+    (out / "predictions.json").unlink(missing_ok=True)  # written last: where it is, all is
     if source.film is not None and cfg.overlay: _join(source, parts, out / "overlay.mp4", cfg)
     else: (out / "overlay.mp4").unlink(missing_ok=True)
     drawn = parts.folder / "overlay"
@@ -212,7 +214,18 @@ def _finish(source: _Source, parts: Parts, out: Path, cfg: PredictConfig, facts:
     write_predictions(out / "predictions.json", parts.rows(), info)
     shutil.rmtree(parts.folder)
 
-# %% ../../nbs/32_predict.ipynb #c023
+# %% ../../nbs/32_predict.ipynb #c024
+def _is_done(source: _Source, out: Path, cfg: PredictConfig, facts: dict) -> bool:
+    path = out / "predictions.json"
+    if not path.is_file() or not (out / "predictions.csv").is_file(): return False
+    known = read_json(path)
+    if not isinstance(known, dict) or not facts.items() <= known.get("info", {}).items(): return False
+    if not cfg.overlay: return True
+    if source.film is not None: return (out / "overlay.mp4").is_file()
+    names = (im["file_name"] for im in known["images"])
+    return all((out / "overlay" / _still_name(name, source.names)).is_file() for name in names)
+
+# %% ../../nbs/32_predict.ipynb #c025
 def predict(
     source: Path | str,  # an image, a folder of images, a video, or a webcam's number
     out: Path | str,  # folder for predictions.json, predictions.csv, and overlay.mp4 or overlay/
@@ -222,17 +235,20 @@ def predict(
     device: str = "auto",
     progress: bool = True,
 ) -> Path:  # `out`
-    "Predict a source and write what was found; an interrupted prediction is continued."
+    "Predict a source and write what was found; an interrupted prediction is continued, a finished one kept."
     cfg, out, weights = cfg or PredictConfig(), Path(out), find_weights(weights)
     if weights is None: raise FileNotFoundError("predict: expected weights, and the project has no starter weights here; "
                                                 "name a trained checkpoint")
     opened, backend = _open_source(Path(source), cfg), choose_backend(cfg.backend, device)
     model = FastNetwork(weights) if backend == "openvino" else load_model(weights)
     settings = cfg.model_dump(mode="json", exclude={"imgsz", "overlay", "checkpoint", "backend"})
-    facts = dict(source=opened.path.name, weights_sha256=model_sha(weights), imgsz=cfg.imgsz or model.trained_imgsz,
-                 backend=backend, **settings)
+    facts = dict(source=opened.path.name, files=hash_data(opened.identity()), weights_sha256=model_sha(weights),
+                 imgsz=cfg.imgsz or model.trained_imgsz, backend=backend, code=source_hash("pose/predict"), **settings)
     with lock_folder(out):
-        parts = Parts(out / ".partial", facts | dict(files=opened.identity(), overlay=cfg.overlay, checkpoint=cfg.checkpoint))
+        if _is_done(opened, out, cfg, facts):
+            if progress: print(f"predict: {out} is up to date", file=sys.stderr)
+            return out
+        parts = Parts(out / ".partial", facts | dict(overlay=cfg.overlay, checkpoint=cfg.checkpoint))
         try: _work(opened, parts, cfg, model, device, progress)
         finally:
             if not parts.count: shutil.rmtree(parts.folder)
