@@ -12,6 +12,7 @@ from typing import Any
 
 from .adapt.gate import unseen_truth
 from .config import EvaluateConfig, PredictConfig
+from .data.cvat import TipTracks
 from .files import read_json, write_json
 from .page import format_number
 from .pose.truth import find_truth as find_truth
@@ -40,9 +41,15 @@ def labelled_found(
 # %% ../nbs/90b_measure.ipynb #c007
 MEASURES = {"strict.AP": "AP", "strict.AP50": "AP50", "strict.AR": "AR", "lenient.AP": "AP at sigma 0.2",
             "box.AP50": "box AP50", "pck.0.05.value": "keypoints within 5 % of the box diagonal",
-            "pixel.tip.median_px": "median tip error, px", "n_found": "detections"}
+            "pixel.tip.median_px": "median tip error, px"}
 TIP_MEASURES = {"within": "tip within 5 % of the diagonal", "found": "tips found",
                 "median_share": "median tip error, share of the diagonal"}
+
+def _rows(before: dict, after: dict, wanted: dict[str, str]) -> list[dict]:
+    from surgpose.pose.compare import compare_metrics
+    table = compare_metrics(before, after).set_index("metric")
+    known = {name: table.loc[name].items() for name in wanted if name in table.index}
+    return [dict(metric=wanted[name], **{k: None if v != v else v for k, v in row}) for name, row in known.items()]
 
 # %% ../nbs/90b_measure.ipynb #c008
 def tip_rows(
@@ -50,9 +57,8 @@ def tip_rows(
     after: dict[str, dict],
 ) -> list[dict]:  # metric, before, after, delta; low and high, the last network's 95 % interval
     "Put tip errors side by side."
-    return [_row(f"{tool.replace('_', ' ')}: {label} (n = {before[tool]['n']})", before[tool][key],
-                 after.get(tool, {}).get(key), _ends(after.get(tool) or before[tool], key))
-            for key, label in TIP_MEASURES.items() for tool in before]
+    return _rows(before, after, {f"{tool}.{key}": f"{tool.replace('_', ' ')}: {label} (n = {before[tool]['n']})"
+                                 for key, label in TIP_MEASURES.items() for tool in before})
 
 # %% ../nbs/90b_measure.ipynb #c009
 def metric_rows(
@@ -60,74 +66,57 @@ def metric_rows(
     after: dict,
 ) -> list[dict]:  # metric, before, after, delta; low and high, the last network's 95 % interval
     "Put the measures that decide side by side."
-    from surgpose.pose.compare import flat_numbers
-    old, new = flat_numbers(before), flat_numbers(after)
-    return [_row(label, old[key], new.get(key), _ends(new or old, key)) for key, label in MEASURES.items() if key in old]
+    return _rows(before, after, MEASURES)
 
-# %% ../nbs/90b_measure.ipynb #c010
-def _row(metric: str, before: Any, after: Any, ends: tuple = (None, None)) -> dict:
-    known = before is not None and after is not None
-    return dict(metric=metric, before=before, after=after, delta=after - before if known else None, low=ends[0], high=ends[1])
-
-def _ends(numbers: dict, key: str) -> tuple[float | None, float | None]:
-    stem = key.removesuffix("value") if key.endswith(".value") else f"{key}_"
-    return numbers.get(f"{stem}low"), numbers.get(f"{stem}high")
+# %% ../nbs/90b_measure.ipynb #c013
+def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: str) -> Path:  # folder with metrics.json and found.json
+    from surgpose.pose.evaluate import evaluate
+    from surgpose.pose.evaluations import read_measured
+    weights = run / "weights" / "best.pt"
+    for folder in (run, out):
+        if (folder / "found.json").is_file() and read_measured(folder / "metrics.json", weights, data, cfg): return folder
+    evaluate(weights, data, out, cfg, device=device)
+    return out
 
 # %% ../nbs/90b_measure.ipynb #c014
-def _evaluated(run: Path, data: Path, out: Path, cfg: EvaluateConfig, device: str) -> dict:
-    from surgpose.pose.evaluate import data_facts, evaluate, is_measured
-    from surgpose.pose.truth import open_labelled
-    weights, known = run / "weights" / "best.pt", run / "metrics.json"
-    facts = read_json(known) if known.is_file() else {}
-    if is_measured(facts, data_facts(open_labelled(data), weights)): return facts
-    return evaluate(weights, data, out, cfg, device=device)
+def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: str) -> dict:
+    from surgpose.pose.predict import predict
+    predict(video, out, cfg, weights=run / "weights" / "best.pt", device=device)
+    return read_json(out / "predictions.json")
 
 # %% ../nbs/90b_measure.ipynb #c015
-def _predicted(run: Path, video: Path, out: Path, cfg: PredictConfig, device: str) -> dict:
-    from surgpose.pose.model import model_sha
-    from surgpose.pose.predict import predict
-    weights, path = run / "weights" / "best.pt", out / "predictions.json"
-    wanted = dict(source=video.name, weights_sha256=model_sha(weights), stride=cfg.stride, conf=cfg.conf)
-    if path.is_file() and wanted.items() <= read_json(path)["info"].items(): return read_json(path)
-    predict(video, out, cfg, weights=weights, device=device)
-    return read_json(path)
-
-# %% ../nbs/90b_measure.ipynb #c016
-def _paired(folders: list[tuple[Path, Path]], measured: list[dict], data: Path, cfg: EvaluateConfig) -> list[dict]:
+def _paired(folders: list[Path], data: Path, cfg: EvaluateConfig) -> list[dict]:
     from surgpose.pose.compare import paired_deltas
     from surgpose.pose.evaluate import load_truth
-    def found(places: tuple[Path, Path], facts: dict) -> Path | None:
-        same = (p for p in places if (p / "metrics.json").is_file() and read_json(p / "metrics.json") == facts)
-        return next((p / "found.json" for p in same if (p / "found.json").is_file()), None)
-    places = [found(p, facts) for p, facts in zip(folders, measured, strict=True)]
-    if None in places: return []
-    table = paired_deltas(load_truth(data)[0], *map(read_json, places), resamples=cfg.bootstrap)
+    table = paired_deltas(load_truth(data)[0], *(read_json(f / "found.json") for f in folders), resamples=cfg.bootstrap)
     return [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]
 
-# %% ../nbs/90b_measure.ipynb #c017
+# %% ../nbs/90b_measure.ipynb #c016
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
                    truth: Path | None, seen: list[dict], same: bool, device: str, judged_by: Sequence[int] = ()) -> list[dict]:
     from surgpose.adapt.change import clip_deltas
     from surgpose.pose.evaluate import metrics, tip_errors
-    sets, labels = [], unseen_truth(truth, judged_by) if truth and video else None
-    def add(name: str, unit: str, n: int, rows: list[dict]) -> None:
-        sets.append(dict(name=name, unit=unit, n=n, rows=rows))
-    def pair(found: list[dict]) -> tuple[dict, dict]: return found[0], found[-1] if len(found) > 1 or same else {}
+    sets, labels, two = [], unseen_truth(truth, judged_by) if truth and video else None, len(runs) == 2
+    def add(name: str, unit: str, n: int, rows: list[dict], **more: Any) -> None:
+        if rows: sets.append(dict(name=name, unit=unit, n=n, rows=rows, **more))
+    def pair(found: list[dict]) -> tuple[dict, dict]: return found[0], found[-1] if two or same else {}
+    def curves(found: list[dict]) -> list: return [m["curve"] for m in found] if two else []
     if data:
-        old, new = pair([_evaluated(r, data, out / "compare" / r.name, cfg, device) for r in runs])
-        add("synthetic validation", "images", old["n_images"], metric_rows(old, new))
-        if len(runs) == 2: sets[-1]["paired"] = _paired([(r, out / "compare" / r.name) for r in runs], [old, new], data, cfg)
-    if isinstance(labels, dict):
-        found = [labelled_found(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs]
-        old, new = pair([metrics(*f, cfg) for f in found])
-        add("labelled clip", "frames", old["n_images"], metric_rows(old, new))
-        if len(runs) == 2: sets[-1]["paired"] = clip_deltas(found[0][0], found[0][1], found[1][1], resamples=cfg.bootstrap)
-    elif labels is not None:
+        folders = [_evaluated(r, data, out / "compare" / n, cfg, device) for r, n in zip(runs, ("before", "after"), strict=False)]
+        found = [read_json(f / "metrics.json") for f in folders]
+        add("synthetic validation", "images", found[0]["n_images"], metric_rows(*pair(found)), curves=curves(found),
+            paired=_paired(folders, data, cfg) if two else [])
+    if isinstance(labels, dict) and labels["images"]:
+        results = [labelled_found(r / "weights" / "best.pt", video, labels, cfg, device) for r in runs]
+        found = [metrics(*f, cfg) for f in results]
+        paired = clip_deltas(results[0][0], results[0][1], results[1][1], resamples=cfg.bootstrap) if two else []
+        add("labelled clip", "frames", found[0]["n_images"], metric_rows(*pair(found)), curves=curves(found), paired=paired)
+    elif isinstance(labels, TipTracks) and len(labels.frame):
         old, new = pair([tip_errors(p, labels) for p in seen])
         add("tip tracks", "tips", sum(t["n"] for t in old.values()), tip_rows(old, new))
     return sets
 
-# %% ../nbs/90b_measure.ipynb #c018
+# %% ../nbs/90b_measure.ipynb #c017
 def compare_runs(
     before: Path,  # run folder of a trained network
     after: Path,  # run folder of another; a refinement without weights went on with `before`
@@ -152,6 +141,7 @@ def compare_runs(
     truth, same = truth or (find_truth(video) if video else None), gate.get("kept") == "teacher"
     sets = _compared_sets(runs, out, cfg, data, video, truth, seen, same, device, gate.get("gate_frames", ()))
     if len(seen) == 2 and predict.overlay: side_by_side(video, *folders, out / "side_by_side.mp4")
+    else: (out / "side_by_side.mp4").unlink(missing_ok=True)
     steady = [*map(_jitter, folders[:len(seen)]), None, None]
     if same and len(seen) == 1: steady = steady[:1] * 2
     found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video,
@@ -160,7 +150,7 @@ def compare_runs(
     write_json(out / "compare.json", found)
     return found
 
-# %% ../nbs/90b_measure.ipynb #c019
+# %% ../nbs/90b_measure.ipynb #c018
 def _change(folders: Sequence[Path], truth: Path | None, judged_by: Sequence[int], cfg: EvaluateConfig) -> list[dict]:
     from surgpose.adapt.change import change_rows, video_change
     if not folders: return []
@@ -173,7 +163,7 @@ def _jitter(predictions: Path) -> float | None:
     value = jitter_px(predictions)
     return value if math.isfinite(value) else None
 
-# %% ../nbs/90b_measure.ipynb #c020
+# %% ../nbs/90b_measure.ipynb #c019
 def compare_verdict(
     sets: list[dict],  # as in compare.json
     reason: str = "",  # why the gate decided as it did

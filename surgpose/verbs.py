@@ -232,9 +232,9 @@ class Compare(Verb):
 
     def run(self) -> Path:
         from surgpose.measure import compare_runs
-        out = self.place(self.out, "compare")
-        compare_runs(self.before, self.after, out, self.evaluate, data=self.data, video=self.video, truth=self.truth,
-                     device=self.device)
+        out, same = self.place(self.out, "compare"), self.evaluate.model_dump(include={"imgsz", "iou", "max_det"})
+        compare_runs(self.before, self.after, out, self.evaluate, predict=PredictConfig(**same), data=self.data,
+                     video=self.video, truth=self.truth, device=self.device)
         return out / "compare.json"
 
 # %% ../nbs/91a_verbs.ipynb #c017

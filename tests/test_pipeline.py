@@ -26,19 +26,20 @@ import psutil
 import pytest
 from conftest import film_scripted
 
-from surgpose import sources
+from surgpose import measure, sources
 from surgpose.adapt.pseudo import candidates, read_candidates, write_candidates
 from surgpose.adapt.review import ReviewState, review_items
 from surgpose.adapt.scripted import scripted_clip
 from surgpose.adapt.track import follow
 from surgpose.cli import main
-from surgpose.config import PredictConfig, PseudoConfig, TrackConfig, profile
+from surgpose.config import EvaluateConfig, PredictConfig, PseudoConfig, TrackConfig, profile
+from surgpose.data.coco import new_coco
 from surgpose.data.video import read_video, video_info, write_video
 from surgpose.docs import write_docs
 from surgpose.engine import Job, Phase, fingerprint, run_phases
 from surgpose.files import atomic_write, read_json, read_jsonl, utc_now, write_json
-from surgpose.measure import compare_runs
-from surgpose.pipeline import PHASES, propose_labels
+from surgpose.pipeline import PHASES, compare_phase, propose_labels
+from surgpose.pose.evaluate import evaluate
 from surgpose.pose.predict import predict, write_predictions
 from surgpose.report import run_report
 from surgpose.schema import Poses
@@ -227,12 +228,13 @@ def test_what_a_person_corrects_reaches_what_learns_from_it(tmp_path, monkeypatc
     files = [job.out / "pseudo" / name for name in ("candidates.json", "counts.json")]
     before, told = readers(), [p.read_bytes() for p in files]
     assert readers() == before
+    kept = atomic_write(job.out / "pseudo" / "all" / "found.txt", "half an hour of looking")
     items = review_items(read_candidates(files[0]), everything=True)
     review = ReviewState(items, job.out / "pseudo" / "decisions.jsonl")
     sure = next(i for i in range(len(items)) if not items[i].reasons)
     review.move_point(sure, 0, (321.0, 123.0))
     after = readers()
-    assert [p.read_bytes() for p in files] == told
+    assert [p.read_bytes() for p in files] == told and kept.is_file()
     assert {name for name in before if before[name] != after[name]} == {"refine", "40_review"}
 
 
@@ -255,7 +257,7 @@ def test_the_code_of_a_phase_is_all_that_it_calls():
         if phase.group == "reports":
             continue
         more = [propose_labels] if phase.name in ("pseudo", "refine") else []
-        more += [compare_runs] if phase.name == "compare" else []
+        more += [measure.compare_runs] if phase.name == "compare" else []
         missing = called(phase.function, *more) - set(sources.behind(*phase.code)) - sources.IDLE
         assert not missing, f"{phase.name}: {missing}"
 
@@ -268,6 +270,42 @@ def test_a_comparison_leaves_nothing_of_the_one_before(tmp_path):
     alone = replace(compare, needs=(), function=lambda job: write_json(job.out / "compare.json", {}) and {})
     assert run_phases([alone], Job(profile("demo"), tmp_path))
     assert not any(p.exists() for p in stale) and "<video" not in (tmp_path / "index.html").read_text()
+
+
+def test_numbers_of_other_settings_are_not_compared(trained_toy, toy_dataset, tmp_path):
+    run, out, cfg = tmp_path / "run", tmp_path / "out", EvaluateConfig(bootstrap=0)
+    (run / "weights").mkdir(parents=True)
+    shutil.copyfile(trained_toy, run / "weights" / "best.pt")
+    evaluate(run / "weights" / "best.pt", toy_dataset, run, cfg, device="cpu", progress=False)
+
+    def measured_in(**changed) -> Path:
+        return measure._evaluated(run, toy_dataset, out, cfg.model_copy(update=changed), "cpu")
+
+    assert measured_in() == run == measured_in(imgsz=96)  # the training size, by name
+    assert measured_in(imgsz=64) == out == measured_in(threshold=0.5)
+    assert read_json(out / "metrics.json")["provenance"]["threshold"] == 0.5
+
+
+def test_a_comparison_sees_the_film_as_it_is_told(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure, "compare_runs", lambda *args, predict, **more: asked.append(predict))
+    words = ["--before", "a", "--after", "b", "--video", "v.mp4", "--out", str(tmp_path)]
+    assert main(["compare", *words, "--imgsz", "640", "--iou", "0.7", "--max-det", "3"]) == 0
+    assert (asked[0].imgsz, asked[0].iou, asked[0].max_det) == (640, 0.7, 3)
+
+
+def test_labels_that_all_went_to_the_gate_leave_a_comparison_without_them(tmp_path, monkeypatch):
+    facts = dict(kept="teacher", gate_frames=[0, 2], reason="Kept.")
+    job = Job(profile("demo"), tmp_path, tmp_path / "v.mp4", tmp_path / "v_coco.json")
+    write_json(job.out / "refined" / "refine.json", facts)
+    atomic_write(job.out / "teacher" / "weights" / "best.pt", "")
+    images = [dict(id=i, file_name=f"{i}.jpg", width=64, height=48, frame=i) for i in facts["gate_frames"]]
+    write_json(job.truth, new_coco(images, []))
+    seen = write_predictions(job.out / "predictions" / "predictions.json", scripted_clip(4))
+    monkeypatch.setattr(measure, "_predicted", lambda *args: read_json(seen))
+    monkeypatch.setattr(measure, "_evaluated", lambda *args: job.out / "teacher")
+    write_json(job.out / "teacher" / "metrics.json", dict(n_images=0, reason="no image", curve=[]))
+    assert compare_phase(job) == {} and read_json(job.out / "compare.json")["verdict"] == "Kept."
 
 
 # Machines that say no

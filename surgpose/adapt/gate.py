@@ -58,7 +58,7 @@ def gate_frames(
     "Choose the labelled frames that the gate judges by."
     numbers = [im["frame"] for im in truth["images"]] if isinstance(truth, dict) else np.asarray(truth.frame).tolist()
     frames = sorted({int(f) for f in numbers})
-    return set(frames[: round(share * len(frames))])
+    return set(frames[: min(round(share * len(frames)), len(frames) - 1)] if frames else [])
 
 # %% ../../nbs/50b_gate.ipynb #c011
 def part_of_truth(

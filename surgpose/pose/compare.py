@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.draw import contact_sheet, draw_poses
-from ..data.show import new_figure, style
+from ..data.show import CYCLE, new_figure, style
 from ..data.video import read_video, video_info, write_video
 from .judge import average, bootstrap, judge
 from .record import read_predictions
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['flat_numbers', 'compare_metrics', 'paired_deltas', 'fig_deltas', 'jitter_px', 'side_by_side']
+__all__ = ['flat_numbers', 'compare_metrics', 'paired_deltas', 'fig_deltas', 'fig_curves', 'jitter_px', 'side_by_side']
 
 # %% ../../nbs/33_compare.ipynb #c005
 def flat_numbers(
@@ -47,19 +47,19 @@ def _label(entry: Any, position: int) -> str:
 # %% ../../nbs/33_compare.ipynb #c007
 def compare_metrics(
     before: dict,  # what a metrics.json holds, or a part of it
-    after: dict,  # the same of the other network
-) -> pd.DataFrame:  # metric, before, after, delta, and the after's interval low, high where there is one
-    "Lay two measurements side by side; only what both have."
+    after: dict,  # the same of the other network; empty where there is none
+) -> pd.DataFrame:  # metric, before, after, delta, and low, high: the last network's interval, where there is one
+    "Lay two measurements side by side."
     import pandas as pd
 
     old, new = flat_numbers(before), flat_numbers(after)
     rows = []
     for name in old:
         stem, _, last = name.rpartition(".")
-        if name not in new or last in ("low", "high") or last.endswith(("_low", "_high")): continue
-        ends = [f"{stem}.{e}".lstrip(".") if last == "value" else f"{name}_{e}" for e in ("low", "high")]
-        row = dict(metric=name, before=old[name], after=new[name], low=new.get(ends[0]), high=new.get(ends[1]))
-        rows.append(row | dict(delta=None if None in (old[name], new[name]) else new[name] - old[name]))
+        if last in ("low", "high") or last.endswith(("_low", "_high")): continue
+        low, high = ((new or old).get(f"{stem}.{e}".lstrip(".") if last == "value" else f"{name}_{e}") for e in ("low", "high"))
+        pair = old[name], new.get(name)
+        rows.append(dict(metric=name, before=pair[0], after=pair[1], delta=None if None in pair else pair[1] - pair[0], low=low, high=high))
     columns = ["metric", "before", "after", "delta", "low", "high"]
     return pd.DataFrame(rows, columns=columns).astype({c: float for c in columns[1:]})
 
@@ -97,7 +97,21 @@ def fig_deltas(
     ax.set(yticks=y, yticklabels=table["metric"], xlabel="after minus before, 95 % interval", ylim=(-0.6, len(table) - 0.4))
     return fig
 
-# %% ../../nbs/33_compare.ipynb #c016
+@style()
+def fig_curves(
+    before: list[dict],  # sigma and AP, as metrics.json holds them under `curve`
+    after: list[dict],  # the other network's
+) -> Figure:
+    "Draw AP over the sigma that forgives, for two networks."
+    fig, ax = new_figure(height_in=2.6)
+    for curve, label, ink in ((before, "before", CYCLE[6]), (after, "after", CYCLE[0])):
+        points = [(p["sigma"], np.nan if p["AP"] is None else p["AP"]) for p in curve]
+        ax.plot(*zip(*points, strict=True), marker="o", label=label, color=ink)
+    ax.set(xlabel="sigma", ylabel="keypoint AP", ylim=(0, 1), xlim=(0, None))
+    ax.legend()
+    return fig
+
+# %% ../../nbs/33_compare.ipynb #c019
 def jitter_px(
     predictions: Path | str | Iterable[tuple[Frame, Poses]],  # read ones, or their file
 ) -> float:  # median length of the tip's second difference in px; NaN where no class is seen in three frames on end
@@ -114,7 +128,7 @@ def _best_tip(poses: Poses, category_id: int) -> np.ndarray:
     mine = poses[poses.category_id == category_id]
     return mine.keypoints[mine.score.argmax(), TIP, :2] if len(mine) else np.full(2, np.nan)
 
-# %% ../../nbs/33_compare.ipynb #c020
+# %% ../../nbs/33_compare.ipynb #c023
 def side_by_side(
     video: Path | str,
     before: Path | str,  # predictions.json, or its folder

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ..config import EvaluateConfig, project_root, shared_dir
 from ..files import atomic_write, read_json, write_json
 from .evaluate import data_facts, evaluate, is_measured, summary_row
-from .model import find_weights
+from .model import find_weights, load_model
 from .truth import open_labelled
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['labelled_sets', 'measure_into', 'evaluate_elsewhere', 'read_evaluations', 'elsewhere_table', 'tip_table',
-           'false_table']
+__all__ = ['labelled_sets', 'read_measured', 'measure_into', 'evaluate_elsewhere', 'read_evaluations', 'elsewhere_table',
+           'tip_table', 'false_table']
 
 # %% ../../nbs/34b_evaluations.ipynb #c005
 def labelled_sets(
@@ -35,22 +35,39 @@ def labelled_sets(
     return {name: (path, how) for name, (path, how) in sets.items() if path.exists()}
 
 # %% ../../nbs/34b_evaluations.ipynb #c009
+def read_measured(
+    path: Path | str,  # a metrics.json; it may be missing
+    weights: Path | str,  # checkpoint
+    data: Path | str,  # as for `evaluate`
+    cfg: EvaluateConfig,
+    *,
+    truth: Path | str | None = None,  # as for `evaluate`
+    split: str | None = "val",
+) -> dict | None:  # what the file holds; nothing where other numbers would come out today
+    "Read a measurement that need not be made again."
+    if not Path(path).is_file(): return None
+    known = read_json(path)
+    wanted = data_facts(open_labelled(data, truth, split, cfg.resize), weights) | cfg.model_dump(mode="json", exclude={"imgsz"})
+    if not is_measured(known, wanted): return None
+    imgsz = cfg.imgsz or load_model(weights).trained_imgsz
+    return known if known["provenance"].get("imgsz") == imgsz else None
+
 def measure_into(
     path: Path | str,  # a .json file
     weights: Path | str,  # checkpoint
     data: Path | str,  # as for `evaluate`
     cfg: EvaluateConfig,
-    **options: Any,  # as for `evaluate`: truth, split, device, progress
+    *,
+    device: str = "auto",
+    progress: bool = True,
+    **options: Any,  # as for `evaluate`: truth, split
 ) -> dict:  # what the file holds
     "Evaluate into one file, unless it is there already."
     path = Path(path)
-    labelled = open_labelled(data, options.get("truth"), options.get("split", "val"), cfg.resize)
-    wanted = dict(**data_facts(labelled, weights), **cfg.model_dump(mode="json", exclude={"imgsz"}))
-    known = read_json(path) if path.is_file() else {}
-    same_size = cfg.imgsz in (None, known.get("provenance", {}).get("imgsz"))
-    if same_size and is_measured(known, wanted): return known
+    known = read_measured(path, weights, data, cfg, **options)
+    if known: return known
     with tempfile.TemporaryDirectory() as scratch:
-        result = evaluate(weights, data, scratch, cfg, **options)
+        result = evaluate(weights, data, scratch, cfg, device=device, progress=progress, **options)
         drawn = Path(scratch) / "worst.jpg"
         if drawn.is_file(): atomic_write(path.with_suffix(".jpg"), drawn.read_bytes())
         else: path.with_suffix(".jpg").unlink(missing_ok=True)
