@@ -84,6 +84,7 @@ class PredictConfig(Section):
 class PseudoConfig(Section):
     "Which predictions on unlabelled video may become labels."
     stride: int = Field(2, ge=1, description="take every n-th frame of the video")
+    fps: float | None = Field(None, gt=0, description="take so many frames a second, by their time stamps, instead of every n-th; for videos of an uneven rate")
     det_conf: float = Field(0.60, ge=0, le=1, description="lowest detection score kept")
     kp_conf: float = Field(0.50, ge=0, le=1, description="lowest keypoint confidence kept; lower ones are labelled as not there")
     min_kps: int = Field(4, ge=1, le=5, description="fewest kept keypoints a tool needs")

@@ -5,7 +5,8 @@
 # %% ../../nbs/40e_frames.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['sharpness', 'score_frames', 'spare_frames', 'find_spare', 'fig_frames']
+__all__ = ['sharpness', 'score_frames', 'spare_frames', 'sampled', 'common_step', 'score_source', 'frames_verdict', 'find_spare',
+           'fig_frames']
 
 # %% ../../nbs/40e_frames.ipynb #c005
 def sharpness(
@@ -57,16 +59,62 @@ def spare_frames(
     return scores.frame[(scores.same_as >= 0) | blurred].tolist()
 
 # %% ../../nbs/40e_frames.ipynb #c014
+def sampled(
+    source: Path | str,  # the video, or folder of images
+    cfg: PseudoConfig,
+) -> Sequence[int]:  # frame numbers, ascending; a range may go on beyond the end
+    "Choose the frames of a source to look at."
+    from surgpose.data.packets import read_timeline
+    from surgpose.data.video import is_video
+    if cfg.fps is None: return range(0, sys.maxsize, cfg.stride)
+    if not is_video(source): raise ValueError(f"{source}: expected a video to take {cfg.fps:g} frames a second of, got pictures; set stride")
+    line = read_timeline(source)
+    t_s = np.array([line.seconds(i) for i in range(line.frames)])
+    grid = np.arange(0, t_s[-1] + 0.5 / cfg.fps, 1 / cfg.fps)
+    after = np.clip(np.searchsorted(t_s, grid), 1, max(1, len(t_s) - 1))
+    late = t_s[np.minimum(after, len(t_s) - 1)] - grid < grid - t_s[after - 1]
+    return np.unique(np.minimum(after - 1 + late, len(t_s) - 1)).tolist()
+
+
+def common_step(
+    numbers: Sequence[int],  # frame numbers
+) -> int:  # take every n-th frame, and all of them are met
+    "Find the stride that reads no more frames than it must."
+    return numbers.step if isinstance(numbers, range) else int(np.gcd.reduce(np.array([*numbers], int))) or 1
+
+# %% ../../nbs/40e_frames.ipynb #c018
+def score_source(
+    source: Path | str,  # the video, or folder of images
+    numbers: Sequence[int],  # of the frames that are looked at
+    min_change: float = 0.015,
+) -> pd.DataFrame:  # as from `score_frames`
+    "Score the sampled frames of a source."
+    from surgpose.data.video import iter_source
+    wanted = numbers if isinstance(numbers, range) else set(numbers)
+    frames = iter_source(source, common_step(numbers)) if len(numbers) else ()
+    return score_frames(((f, image) for f, image in frames if f.index in wanted), min_change)
+
+
+def frames_verdict(
+    scores: pd.DataFrame,  # from `score_frames`
+    spare: Collection[int] = (),  # the frames that were left out
+    min_sharpness: float = 0.3,
+) -> str:
+    "Say how many frames are copies or blurred, and what was made of it."
+    copies, blurred = (scores.same_as >= 0).sum(), (scores.sharpness < min_sharpness * scores.sharpness.median()).sum()
+    left = f"{len(spare)} were left out" if len(spare) else "none was left out; `pseudo.min_change` and `pseudo.min_sharpness` do that"
+    return f"Of {len(scores)} frames {copies} show what an earlier one shows and {blurred} are blurred, by the usual limits; {left}."
+
+
 def find_spare(
     source: Path | str,  # the video, or folder of images
     cfg: PseudoConfig,
 ) -> tuple[int, ...]:  # frame numbers
-    "Choose the frames of a source that need not be learned from."
-    from surgpose.data.video import iter_source
+    "Choose the frames of a source that need not be learned from; none unless a limit is set."
     if not cfg.min_change and not cfg.min_sharpness: return ()
-    return tuple(spare_frames(score_frames(iter_source(source, cfg.stride), cfg.min_change), cfg.min_sharpness))
+    return tuple(spare_frames(score_source(source, sampled(source, cfg), cfg.min_change), cfg.min_sharpness))
 
-# %% ../../nbs/40e_frames.ipynb #c017
+# %% ../../nbs/40e_frames.ipynb #c021
 def fig_frames(
     scores: pd.DataFrame,  # from `score_frames`
     min_change: float = 0.015,

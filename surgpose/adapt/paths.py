@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .pseudo import Candidates, poses_of
-from .smooth import sample_step, smooth_track, spread_of
+from .smooth import sample_numbers, smooth_track, spread_of
 from ..data.show import new_figure
 from ..files import atomic_path
 from ..schema import CLASS_COLOURS, KEYPOINTS, Frame, class_name
@@ -37,15 +37,15 @@ def track_path(
     max_gap: int = 5,  # longest run of missing samples that is filled
 ) -> pd.DataFrame:  # a row per frame and keypoint, with `PATH_COLUMNS`
     "Smooth one track."
-    step, start = sample_step(frames), rows.frame.min()
+    number = sample_numbers(frames)
     seen = rows[[_is_believed(r) for r in rows.itertuples()]]
     kpts = poses_of(seen).keypoints
     known = kpts[..., 2] > 0
     xy = np.where(known[..., None], kpts[..., :2], np.nan).reshape(len(seen), -1)
-    span = [f for f in frames if start <= f.index <= rows.frame.max()]
-    at, steps = ((np.array([*index]) - start) / step for index in ([f.index for f in span], seen.frame))
+    span = [f for f in frames if rows.frame.min() <= f.index <= rows.frame.max()]
+    at, steps = (np.array([number[i] for i in index], int) for index in ([f.index for f in span], seen.frame))
     if not len(seen): return pd.DataFrame(columns=PATH_COLUMNS)
-    mean, std = smooth_track(steps.round().astype(int), xy, at.round().astype(int), noise_px=np.repeat(spread_of(seen), 2, 1))
+    mean, std = smooth_track(steps, xy, at, noise_px=np.repeat(spread_of(seen), 2, 1))
     table = _long(span, mean.reshape(len(span), -1, 2), np.sqrt((std.reshape(len(span), -1, 2) ** 2).mean(-1)),
                   {f: k for f, k in zip(seen.frame, known, strict=True)}, max_gap)
     return table.assign(track=rows.track.iloc[0], **{"class": class_name(rows.category_id.iloc[0])})[list(PATH_COLUMNS)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from statsmodels.tsa.statespace.mlemodel import MLEModel
 
 # %% auto #0
-__all__ = ['sample_step', 'smooth_track', 'spread_of']
+__all__ = ['sample_step', 'sample_numbers', 'smooth_track', 'spread_of']
 
 # %% ../../nbs/41a_smooth.ipynb #c005
 def sample_step(
@@ -29,6 +29,21 @@ def sample_step(
     return int(max(1, np.median(gaps))) if len(gaps) else 1
 
 # %% ../../nbs/41a_smooth.ipynb #c009
+def sample_numbers(
+    frames: Sequence[Frame],  # all samples of a clip
+) -> dict[int, int]:  # frame number -> number of the sample, from 0; a sample that is missing leaves its number out
+    "Count samples."
+    index = np.array([f.index for f in frames], int)
+    if len(index) < 2: return dict.fromkeys(index.tolist(), 0)
+    step, t_s = sample_step(frames), np.array([f.t_s for f in frames])
+    at = (index - index[0]) // step
+    if ((index - index[0]) % step).any():
+        usual = np.median(np.diff(t_s))
+        at = np.round((t_s - t_s[0]) / usual).astype(int) if usual > 0 else np.arange(len(index))
+    order = np.arange(len(index))
+    return dict(zip(index.tolist(), (np.maximum.accumulate(at - order) + order).tolist(), strict=True))
+
+# %% ../../nbs/41a_smooth.ipynb #c013
 def _trend(series: np.ndarray, noise_px: np.ndarray) -> MLEModel:
     from statsmodels.tsa.statespace.mlemodel import MLEModel
 
@@ -59,7 +74,7 @@ def _smooth(series: np.ndarray, noise_px: np.ndarray) -> tuple[np.ndarray, np.nd
     std = np.sqrt(np.maximum(found.smoothed_state_cov[0, 0], 0))
     return found.smoothed_state[0].reshape(shape).T + shift, std.reshape(shape).T
 
-# %% ../../nbs/41a_smooth.ipynb #c010
+# %% ../../nbs/41a_smooth.ipynb #c014
 def smooth_track(
     steps: np.ndarray,  # (N,) whole sample numbers, ascending
     values: np.ndarray,  # (N, D) measurements, NaN where missing; x and y of a point side by side
@@ -79,7 +94,7 @@ def smooth_track(
         if pair: mean[:, pair], std[:, pair] = _smooth(grid[:, pair], noise[:, pair])
     return mean[np.asarray(at) - first], std[np.asarray(at) - first]
 
-# %% ../../nbs/41a_smooth.ipynb #c015
+# %% ../../nbs/41a_smooth.ipynb #c019
 def spread_of(
     rows: pd.DataFrame,  # rows of a candidate table
 ) -> np.ndarray:  # (N, 5) px; 1 where no other view was asked

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
 from .pseudo import Candidates, agreement, body_area, clean_poses, make_table, poses_of
-from .smooth import sample_step, smooth_track, spread_of
+from .smooth import sample_numbers, smooth_track, spread_of
 from ..config import TrackConfig
 from ..data.show import new_figure
 from ..geometry import iou_xywh
@@ -62,11 +62,11 @@ def link(
     progress: bool = False,
 ) -> list[np.ndarray]:  # per frame (N,) the track of each pose, numbered from 0
     "Link poses to tracks; within a frame no track occurs twice."
-    step = sample_step([f for f, _ in frames])
+    number = sample_numbers([f for f, _ in frames])
     alive: dict[int, tuple[int, Poses]] = {}  # track -> where it was last, and how
     tracks, fresh = [], count()
     for frame, poses in _bar(frames, "link", unit="frame", disable=not progress):
-        alive = {t: (at, p) for t, (at, p) in alive.items() if (frame.index - at) / step - 1 <= cfg.max_gap}
+        alive = {t: (at, p) for t, (at, p) in alive.items() if number[frame.index] - number[at] - 1 <= cfg.max_gap}
         known = list(alive)
         ids = np.full(len(poses), -1)
         gain = np.array([affinity(alive[t][1], poses, cfg) for t in known]).reshape(len(known), len(poses))
@@ -110,12 +110,13 @@ def find_jumps(
 def judge_track(
     rows: pd.DataFrame,  # of one track, in order of time
     cfg: TrackConfig,
-    step: int = 1,  # video frames from one sample to the next
+    number: dict[int, int] | None = None,  # frame number -> number of the sample; frames are samples when absent
 ) -> pd.DataFrame:  # the rows with the voted class and the doubts of the track added
     "Add what the track says of its poses."
     winner, flickers = vote_class(rows.category_id.to_numpy(), rows.score.to_numpy(), cfg.class_share)
     limit_px = cfg.max_jump * np.hypot(rows.w, rows.h).to_numpy()
-    jumps = find_jumps(rows.frame.to_numpy() // step, poses_of(rows).keypoints, limit_px)
+    at = np.array([number[f] if number else f for f in rows.frame])
+    jumps = find_jumps(at, poses_of(rows).keypoints, limit_px)
     short = int(sum(not names for names in rows.reasons) < cfg.min_length)
     reasons = [names + ("short_track",) * short + ("class_flicker",) * int(f) + ("jump",) * int(j)
                for names, f, j in zip(rows.reasons, flickers, jumps, strict=True)]
@@ -147,15 +148,14 @@ def _inside(row: pd.Series, frame: Frame) -> bool:
 def fill_gaps(
     rows: pd.DataFrame,  # of one trusted track
     missing: Sequence[Frame],
-    step: int,  # video frames from one sample to the next
+    number: dict[int, int],  # frame number -> number of the sample
 ) -> list[dict]:  # rows of a candidate table, doubted as "gap"
     "Put smoothed poses where a track has none."
     if not missing: return []
-    kpts, start = poses_of(rows).keypoints, rows.frame.iloc[0]
+    kpts = poses_of(rows).keypoints
     kpts[["jump" in names for names in rows.reasons]] = 0  # what does not fit the track must not bend it
     xy = np.where(kpts[..., 2:] > 0, kpts[..., :2], np.nan).reshape(len(rows), -1)
-    at = np.array([round((f.index - start) / step) for f in missing])
-    steps = ((rows.frame - start) / step).round().astype(int).to_numpy()
+    at, steps = (np.array([number[i] for i in frames]) for frames in ([f.index for f in missing], rows.frame))
     noise = np.hstack([np.repeat(spread_of(rows), 2, 1), np.ones((len(rows), 4))])
     mean, _ = smooth_track(steps, np.hstack([xy, rows[list("xywh")]]), at, noise_px=noise)
     points = mean[:, :-4].reshape(len(missing), -1, 2)
@@ -177,16 +177,16 @@ def follow(
 ) -> Candidates:  # with tracks, voted classes, all doubts, and a row for each gap
     "Link candidates over time and let the tracks judge them."
     single = ~found.table.reasons.map(lambda names: "duplicate" in names).astype(bool)
-    table, step = found.table[single].copy(), sample_step(found.frames)
+    table, number = found.table[single].copy(), sample_numbers(found.frames)
     groups = dict(list(table.groupby("frame")))
     seen = [(f, poses_of(groups.get(f.index, table[:0]))) for f in found.frames]
     linked = link(seen, cfg, progress=progress)
     table["track"] = np.concatenate([np.zeros(0, int), *linked])
-    tracks = [judge_track(rows, cfg, step) for _, rows in table.groupby("track")]
+    tracks = [judge_track(rows, cfg, number) for _, rows in table.groupby("track")]
     tools = table.frame.value_counts().to_dict()
     trusted = [rows for rows in tracks if "short_track" not in rows.reasons.iloc[0]]
     gaps = [row for rows in _bar(trusted, "smooth", unit="track", disable=not progress)
-            for row in fill_gaps(rows, find_gaps(rows, found.frames, tools, cfg), step)]
+            for row in fill_gaps(rows, find_gaps(rows, found.frames, tools, cfg), number)]
     rows = [row for part in (found.table[~single], *tracks) for row in part.to_dict("records")]
     return replace(found, table=make_table(rows + gaps))
 
