@@ -178,7 +178,7 @@ def run_phases(
         old = read_json(path) if path.is_file() else {}
         record = old.get("phases", {})
         facts = dict(profile=job.cfg.profile, seed=job.cfg.seed, device=job.cfg.device, video=job.video,
-                     truth=job.truth, config=hash_data(job.cfg.model_dump(mode="json")), versions=versions(),
+                     truth=job.truth, embed_frames=job.cfg.report.embed_frames, config=hash_data(job.cfg.model_dump(mode="json")), versions=versions(),
                      started=utc_now(), **{k: old.get(k) for k in ("last", "previous")})
         def save(**more: Any) -> None:
             ordered = {p.name: record.setdefault(p.name, dict(status="skipped")) for p in phases}

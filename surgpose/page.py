@@ -267,7 +267,7 @@ def write_index(
     broken = {n: p for n, p in entries.items() if p["status"] in ("failed", "blocked", "running")}
     files = [f for f in ("config.yaml", "run.json", "compare.json", "predictions/overlay.mp4",
                          "predictions_refined/overlay.mp4", "side_by_side.mp4", "teacher/results.csv") if (out / f).is_file()]
-    films = [f for f in ("side_by_side.mp4", "predictions/overlay.mp4") if (out / f).is_file()]
+    films = [f for f in ("side_by_side.mp4", "predictions/overlay.mp4") if f in files and run.get("embed_frames", True)]
     done = sum(p["status"] in ("ok", "fresh") for p in entries.values())
     known = {**run, **run.get("versions", {}), **{k: Path(run[k]).name for k in ("video", "truth") if run.get(k)}}
     facts = {k: v for k, v in known.items() if k not in ("phases", "versions", "last", "previous") and v not in (None, "")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from surgpose.cli import parse_verb
+from surgpose.config import override, profile, project_root
+from surgpose.engine import Job, Phase, run_phases
 from surgpose.files import read_json, write_json
-from surgpose.report import open_run, read_parameters, run_report, write_index
+from surgpose.report import check_parameters, open_run, read_parameters, run_report, write_index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PARAMETERS = """run_dir: str = ""  # folder of a run
@@ -185,6 +189,25 @@ def test_frames_of_patients_stay_out_unless_asked_for(tmp_path):
         assert said in run_report("demo", tmp_path / "out", folder=folder, embed_frames=wanted).read_text()
 
 
+def test_every_report_with_real_pictures_can_do_without(tmp_path):
+    "What 30_train shows of real footage stays out, and its advice can be typed as it stands."
+    for name in ("30_train", "40_review", "50_refine"):
+        assert check_parameters(name, dict(embed_frames="false")) == dict(embed_frames=False)
+    sample, run = project_root() / "data" / "sample", tmp_path / "a run"
+    shutil.copytree(sample / "render", run / "synthetic")
+    shutil.copytree(sample / "run", run / "teacher")
+    for path in (run / "teacher" / "metrics.json", *(run / "teacher" / "evaluations").glob("*.json")):
+        write_json(path, {k: v for k, v in read_json(path).items() if k != "sizes"})
+    shutil.copyfile(project_root() / "data/pictures/video.jpg", run / "teacher/evaluations/real_suture.jpg")
+    page = run_report("30_train", tmp_path, dict(run_dir=str(run), worst=1), embed_frames=False)
+    assert read_json(page.with_suffix(".json"))["status"] == "ok"
+    text = html.unescape(page.read_text())
+    assert "Worst of" not in text
+    (advice,) = re.findall(r"surgpose (evaluate .*) --sizes 416 640 960", text)
+    verb = parse_verb("evaluate", shlex.split(advice)[1:])
+    assert (verb.data, verb.out) == (run / "synthetic", run / "teacher")
+
+
 def test_the_stamp_tells_what_made_the_page(tmp_path):
     _, stamp = report(
         tmp_path, "from surgpose.report import headline; headline({'b': 1, 'a': 0.25}, verdict='Fine.')"
@@ -210,6 +233,16 @@ def test_the_index_escapes_and_links(tmp_path):
     assert "a &amp; &lt;b&gt;" in page and page.count("<script") == 1 and "/secret/place" not in page
     assert "1 of 3 phases finished" in page and "did not finish" in page
     assert outside(page) == ["run.json"]
+
+
+def test_the_index_of_a_run_without_frames_shows_no_film(tmp_path):
+    (tmp_path / "side_by_side.mp4").write_bytes(b"film")
+    for shown in (True, False):
+        write_json(tmp_path / "run.json", dict(embed_frames=shown, phases={}))
+        assert ("<video" in write_index(tmp_path).read_text()) == shown
+    cfg = override(profile("demo"), ["report.embed_frames=false"])
+    assert run_phases([Phase("look", lambda job: {})], Job(cfg, tmp_path / "run"))
+    assert read_json(tmp_path / "run" / "run.json")["embed_frames"] is False
 
 
 def test_open_run_finds_the_pieces(tmp_path):
