@@ -73,8 +73,9 @@ def parse_verb(
     base = as_usage(lambda: from_environment(profile(asked))) if asked in PROFILES else RunConfig()
     values = {f.name: tyro.MISSING if f.default is MISSING else f.default for f in fields(verb)}
     values |= {n: getattr(base, n) for n, v in values.items() if isinstance(v, Section)}
+    told = verb.describe() if {"-h", "--help"} & set(args) else None  # the phases of a run take a moment to import
     try: return tyro.cli(verb, default=verb(**values), args=long_names(args, verb.short), prog=f"surgpose {name}",
-                         registry=flag_rules())
+                         registry=flag_rules(), description=told)
     except ValidationError as e:
         where = [[str(part) for part in x["loc"] if part != "[key]"] for x in e.errors()]
         says = [x["msg"].removeprefix("Value error, ") for x in e.errors()]

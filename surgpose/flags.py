@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from tyro.conf import UseAppendAction, arg
 from .config import output_root
 
 # %% auto #0
-__all__ = ['Out', 'Settings', 'Flat', 'UsageError', 'as_usage', 'read_pair', 'Verb']
+__all__ = ['Out', 'Settings', 'Flat', 'UsageError', 'as_usage', 'read_pair', 'Verb', 'ProfileVerb']
 
 # %% ../nbs/91c_flags.ipynb #c005
 class UsageError(ValueError):
@@ -47,10 +48,20 @@ Flat = arg(name="")  # the fields of a config become flags without a prefix
 @dataclass(frozen=True, kw_only=True)
 class Verb:
     "What all verbs take."
-    profile: Literal["demo", "cpu", "paper"] = "demo"  # where the defaults of the other flags come from
     debug: bool = False  # show the traceback of an error; SURGPOSE_DEBUG=1 does the same
     short: ClassVar[dict[str, str]] = {}  # other names of flags
 
     def place(self, out: Path | None, name: str) -> Path:
         "Choose the folder to write: what the user said, or a name under PROJ_OUT or reports/."
         return output_root() / name if out is None else out
+
+    @classmethod
+    def describe(cls) -> str:
+        "Say what stands above the flags in --help."
+        return cleandoc(cls.__doc__ or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileVerb(Verb):
+    "What verbs take whose flags are settings."
+    profile: Literal["demo", "cpu", "paper"] = "demo"  # where the defaults of the other flags come from

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from .config import (EvaluateConfig, PredictConfig, PseudoConfig, RefineConfig, RenderConfig, RunConfig, TrackConfig,
                              TrainConfig, from_environment, load_config, override, profile, videos_from_environment)
-from .flags import Flat, Out, Settings, Verb, as_usage, read_pair
+from .flags import Flat, Out, ProfileVerb, Settings, Verb, as_usage, read_pair
 from .flags import UsageError as UsageError
 
 # %% auto #0
@@ -24,7 +24,7 @@ __all__ = ['VERBS', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs', 'Predict', '
 
 # %% ../nbs/91a_verbs.ipynb #c006
 @dataclass(frozen=True, kw_only=True)
-class Render(Verb):
+class Render(ProfileVerb):
     """Render labelled images of tools into a dataset folder; an interrupted render is continued.
 
     Weights are given like --strategy-mix theatre=1 hdri=0.5; what is not named gets none. Clips are made
@@ -65,7 +65,7 @@ class Stats(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
-class Train(Verb):
+class Train(ProfileVerb):
     """Train a network on a dataset folder; an interrupted training is continued.
 
     Example: surgpose train --data data/mine --weights-init start.pt --out runs/first --epochs 40 --imgsz 416
@@ -82,7 +82,7 @@ class Train(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c009
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Verb):
+class Evaluate(ProfileVerb):
     """Score a network on whatever is labelled: images, boxes alone, a video with labels or tips.
 
     Example: surgpose evaluate --weights runs/first/weights/best.pt --data data/mine --out runs/first
@@ -120,7 +120,7 @@ class Runs(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c011
 @dataclass(frozen=True, kw_only=True)
-class Predict(Verb):
+class Predict(ProfileVerb):
     """Find tools in an image, a folder of images, a video, or what a webcam shows.
 
     Example: surgpose predict clip.mp4 --weights runs/first/weights/best.pt --out runs/clip --imgsz 640 --stride 2
@@ -155,7 +155,7 @@ class Export(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c013
 @dataclass(frozen=True, kw_only=True)
-class Pseudo(Verb):
+class Pseudo(ProfileVerb):
     """Propose labels on an unlabelled video, with reasons for every doubt, and collect the sound frames.
 
     Example: surgpose pseudo clip.mp4 --weights runs/first/weights/best.pt --out runs/clip/pseudo
@@ -192,7 +192,7 @@ class Merge(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c015
 @dataclass(frozen=True, kw_only=True)
-class Refine(Verb):
+class Refine(ProfileVerb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
 
     Example: surgpose refine --teacher runs/first/weights/best.pt --data data/mine --pseudo runs/clip/pseudo/dataset --out runs/second
@@ -216,7 +216,7 @@ class Refine(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
-class Compare(Verb):
+class Compare(ProfileVerb):
     """Compare two networks on rendered images and on a video, labelled or not.
 
     Example: surgpose compare --before runs/first --after runs/second --data data/mine --video clip.mp4 --out compare
@@ -261,7 +261,7 @@ class Report(Verb):
 
 # %% ../nbs/91a_verbs.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
-class Run(Verb):
+class Run(ProfileVerb):
     """Do the whole job: render, train, evaluate, predict a video, adapt to it, compare, report.
 
     What is up to date is skipped, so the same command continues an interrupted run. With --matrix it is
@@ -278,11 +278,19 @@ class Run(Verb):
     seed: int | None = None  # root of all randomness
     device: str | None = None  # auto, cpu, a GPU's number, or several like 0,1
     only: tuple[str, ...] = ()  # run these phases alone, like --only predict reports
-    start: Annotated[str | None, arg(name="from")] = None  # run this phase and those behind it
+    start: Annotated[str | None, arg(name="from")] = None  # run this phase, or the first of a group, and those behind it
     force: bool = False  # run what is up to date as well
     frames: bool = True  # may reports show frames of the video; switched off for footage of patients
     matrix: Path | None = None  # YAML file of settings, each with a list of values: a run for every combination
     scheduler: str | None = None  # address of a Dask scheduler, like tcp://host:8786; its workers run the matrix, or render
+
+    @classmethod
+    def describe(cls) -> str:
+        "Name the phases, in their order."
+        from surgpose.pipeline import PHASES
+        groups = {p.group: [q.name for q in PHASES if q.group == p.group] for p in PHASES if p.group}
+        named = ", ".join([p.name for p in PHASES if not p.group] + [f"{g} (that is {', '.join(n)})" for g, n in groups.items()])
+        return f"{super().describe()}\n\nPhases for --only and --from: {named}."
 
     def configure(self) -> RunConfig:
         "Build the config: profile or file, then PROJ_DATA, then single settings."

@@ -200,6 +200,9 @@ def test_help_describes_every_flag_and_gives_an_example(verb):
     text = re.sub(r"[│\s]+", " ", done.out)
     idle = ("stats", "report", "runs", "merge", "doctor", "docs")
     assert ("--device" in text) == (verb not in idle)
+    assert ("--profile" in text) == (verb not in (*idle, "export")), "only settings come from a profile"
+    for phase in PHASES:
+        assert verb != "run" or phase in text
 
 
 def test_config_fields_are_flags_with_the_defaults_of_the_profile():
