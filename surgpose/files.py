@@ -77,13 +77,22 @@ def read_json(
     except UnicodeDecodeError as e: raise ValueError(f"{path}: expected JSON in UTF-8, {e.reason} at byte {e.start}") from None
 
 # %% ../nbs/02_files.ipynb #c014
+def _is_whole(line: bytes) -> bool:
+    "Tell whether a last line without an end lacks nothing but that: an editor left the end out, no crash."
+    try: return isinstance(json.loads(line), dict)
+    except ValueError: return False
+
+
 def _cut_torn(file: BinaryIO) -> None:
-    "Remove a last line without an end."
+    "Remove a last line that was cut short; one that lacks nothing but its end gets it."
     if not file.seek(0, os.SEEK_END): return
     file.seek(-1, os.SEEK_END)
     if file.read(1) == b"\n": return
     file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
+    data = file.read()
+    start = data.rfind(b"\n") + 1
+    if _is_whole(data[start:]): file.write(b"\n")
+    else: file.truncate(start)
 
 # %% ../nbs/02_files.ipynb #c015
 def append_jsonl(
@@ -108,6 +117,7 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file(): return []
     *lines, rest = path.read_bytes().split(b"\n")
+    if _is_whole(rest): lines.append(rest)
     rows = []
     for number, line in enumerate(lines, 1):
         try: rows.append(json.loads(line))
