@@ -125,10 +125,11 @@ def fig_frames(
     spare = scores.frame.isin(spare_frames(scores, min_sharpness))
     limits = (min_sharpness * scores.sharpness.median(), min_change)
     for ax, name, limit in zip(axes, ("sharpness", "change"), limits, strict=True):
-        ax.plot(scores.t_s, scores[name], color=CYCLE[0], lw=1)
-        ax.plot(scores.t_s[spare], scores[name][spare], "o", ms=4, mfc="white", mec=CYCLE[1])
+        values = scores[name].clip(upper=0.5) if name == "change" else scores[name]
+        ax.plot(scores.t_s, values, color=CYCLE[0], lw=1)
+        ax.plot(scores.t_s[spare], values[spare], "o", ms=4, mfc="white", mec=CYCLE[1])
         ax.axhline(limit, color="#333333", lw=1, ls=":")
         ax.set(ylabel=name)
     axes[0].set(title=f"{spare.sum()} of {len(scores)} frames are spare")
-    axes[1].set(xlabel="time / s", ylim=(0, 0.5))
+    axes[1].set(xlabel="time / s", ylabel="change, at most .5", ylim=(0, 0.52))
     return fig
