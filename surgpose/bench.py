@@ -134,21 +134,24 @@ def overhead_verdict(
 # %% ../nbs/95_bench.ipynb #c019
 @style()
 def fig_growth(
-    table: pd.DataFrame,  # of `adapt.benchmark.benchmark`: what, n, plain_s, ours_s
+    table: pd.DataFrame,  # of `adapt.benchmark.benchmark`: what, n, unit, plain_s, ours_s
 ) -> Figure:
     "Draw seconds over size, both ways, on logarithmic axes."
     kinds = list(dict.fromkeys(table.what))
-    fig, axes = new_figure(1, len(kinds), height_in=2.8, squeeze=False)
-    for ax, kind in zip(axes[0], kinds, strict=True):
+    lines = -(-len(kinds) // 2)
+    fig, axes = new_figure(lines, 2, height_in=2.8 * lines, squeeze=False)
+    for ax in axes.flat[len(kinds) :]: ax.set_visible(False)
+    for ax, kind in zip(axes.flat, kinds, strict=False):
         rows = table[table.what == kind].sort_values("n")
         for column, label, line, colour in (("plain_s", kind.partition(" / ")[2] or "plain", "--", CYCLE[1]), ("ours_s", "surgpose", "-", CYCLE[0])):
             ax.plot(rows.n, rows[column], line, marker="o", color=colour, label=label)
-        ax.set(xscale="log", yscale="log", xlabel="detections", title=kind.partition(" / ")[0])
+        ax.set(xscale="log", yscale="log", xlabel=rows.unit.iloc[0], ylabel="seconds", title=kind.partition(" / ")[0])
+        ax.set_xticks(rows.n, [f"{n:,}" for n in rows.n])
+        ax.set_xticks([], minor=True)
         ax.legend()
-    axes[0][0].set_ylabel("seconds")
     return fig
 
-# %% ../nbs/95_bench.ipynb #c022
+# %% ../nbs/95_bench.ipynb #c023
 def write_bench(
     path: Path | str,  # .json
     **tables: pd.DataFrame | None,  # name -> table; none is left out
