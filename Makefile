@@ -8,6 +8,10 @@ JOBS ?= 2
 export JUPYTER_PLATFORM_DIRS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# Kernels listen on sockets of their own, off the network; a socket's path must stay under 108 characters.
+RUNTIME = $(or $(JUPYTER_RUNTIME_DIR),$(or $(XDG_DATA_HOME),$(HOME)/.local/share)/jupyter/runtime)
+SOCKETS = $(shell test $$(printf %s "$(RUNTIME)" | wc -c) -lt 57 && echo --KernelManager.transport=ipc)
+
 .PHONY: help setup demo test lab docs prep bench clean
 
 help:  ## show this list
@@ -32,7 +36,7 @@ test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests
 
 lab: $(STAMP)  ## JupyterLab on this machine only, with a token; opens on a tour of fifteen minutes
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/tour/00_start.ipynb
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(SOCKETS) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/tour/00_start.ipynb
 
 docs: $(STAMP)  ## every notebook as a plain page, to be read offline; _docs/index.html leads on
 	$(BIN)/surgpose docs --out _docs

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -509,31 +510,37 @@ def test_a_browser_has_nothing_to_complain_about_in_index_sweep_and_docs(tmp_pat
 # Jupyter
 
 
+def lab_words(runtime: str) -> list[str]:
+    "What `make lab` would start."
+    env = {**os.environ, "JUPYTER_RUNTIME_DIR": runtime}
+    said = subprocess.check_output(["make", "-n", "lab"], cwd=ROOT, env=env, text=True)
+    return shlex.split(next(text for text in said.splitlines() if "jupyter lab" in text))
+
+
 def test_jupyter_listens_to_this_machine_only_and_asks_for_a_token(tmp_path):
-    "Start what `make lab` starts, on a free port, without a browser."
-    line = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    words = shlex.split(next(text for text in line.splitlines() if "jupyter lab" in text))
+    "Start what `make lab` starts, on a free port, without a browser, and a kernel in it."
+    runtime = Path(tempfile.mkdtemp())  # short, as a socket's path has to be
+    words = lab_words(str(runtime))
     assert not [
         w for w in words if "allow_origin" in w or "allow-root" in w or "token=" in w or "password" in w
     ]
+    assert "--KernelManager.transport=ipc" in words
+    assert "--KernelManager.transport=ipc" not in lab_words("/" + "long" * 20), "no kernel would start there"
     words = [Path(sys.executable).with_name("jupyter"), *words[1:], "--no-browser", "--ServerApp.port=0"]
     words += ["--allow-root"] * (os.geteuid() == 0)  # tests may run as root; `make lab` refuses to
-    env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
     process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (found := list(tmp_path.glob("jpserver-*.json"))):
+        while not (found := list(runtime.glob("jpserver-*.json"))):
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(0.5)
         facts = read_json(found[0])
-        listens = [
-            c.laddr.ip for c in psutil.Process(process.pid).net_connections("inet") if c.status == "LISTEN"
-        ]
-        assert listens and set(listens) <= {"127.0.0.1", "::1"}
         assert len(facts["token"]) > 20
 
-        def asked(token: str) -> int:
-            request = urllib.request.Request(facts["url"] + "api/contents", headers=dict(Authorization=token))
+        def asked(token: str, path: str = "api/contents", method: str = "GET") -> int:
+            headers = dict(Authorization=token)
+            request = urllib.request.Request(facts["url"] + path, headers=headers, method=method)
             try:
                 with urllib.request.urlopen(request, timeout=60) as reply:
                     return reply.status
@@ -541,9 +548,22 @@ def test_jupyter_listens_to_this_machine_only_and_asks_for_a_token(tmp_path):
                 return e.code
 
         assert asked("token guessed") == 403 and asked(f"token {facts['token']}") == 200
+        assert asked(f"token {facts['token']}", "api/kernels", "POST") == 201
+        (kernel,) = runtime.glob("kernel-*.json")
+        assert read_json(kernel)["transport"] == "ipc" and kernel.stat().st_mode & 0o077 == 0
+        while not [s for s in runtime.iterdir() if s.is_socket()]:
+            assert process.poll() is None
+            time.sleep(0.1)
+        family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]
+        inet = [(pid, c) for pid in family for c in psutil.Process(pid).net_connections("inet")]
+        listens = [(pid, c.laddr) for pid, c in inet if c.status == "LISTEN"]
+        assert listens and {at.ip for _, at in listens} <= {"127.0.0.1", "::1"}
+        # a kernel keeps one port, on which it hears what its own subprocesses print
+        assert {at.port for pid, at in listens if pid == process.pid} == {facts["port"]}
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(runtime, ignore_errors=True)
 
 
 # The table
