@@ -261,12 +261,18 @@ def test_what_is_called_by_the_pipeline_really_filters(video, tmp_path, monkeypa
     from surgpose.pipeline import propose_labels
     from surgpose.pose.predict import write_predictions
 
-    def predict(source, out, *args, **kwargs):
-        write_predictions(Path(out) / "predictions.json", scripted_clip())
+    asked = []
+
+    def predict(source, out, cfg, **kwargs):
+        asked.append(cfg.stride)
+        more = [(replace(f, index=f.index + 1), p) for f, p in scripted_clip()]  # nobody asked for these
+        rows = sorted([*scripted_clip(), *more], key=lambda row: row[0].index)
+        write_predictions(Path(out) / "predictions.json", rows)
         return Path(out)
 
     monkeypatch.setattr("surgpose.pose.predict.predict", predict)
-    propose_labels(video, "none.pt", tmp_path, PseudoConfig(), TrackConfig())
+    propose_labels(video, "none.pt", tmp_path, PseudoConfig(fps=12.5), TrackConfig())  # of 25 a second
+    assert asked == [2]
     counted = read_json(tmp_path / "counts.json")
     assert counted["reasons"] == {name: len(at) for name, at in CLIP_FAULTS.items()}
     assert [counted[name] for name in FILTERS] == [80, 79, 78, 77, 77, 77, 73]
