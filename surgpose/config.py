@@ -57,7 +57,7 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     "How predictions are scored."
     imgsz: int | None = Field(None, description="image size in px; the training size when absent")
-    conf: float = Field(0.001, ge=0, le=1, description="lowest detection score that counts; COCO's AP wants all of them")
+    conf: float = Field(0.001, ge=0, le=1, description="lowest detection score that counts for AP, PCK and pixel errors; COCO's AP wants all of them")
     iou: float = Field(0.5, ge=0, le=1, description="box IoU of the detector's own NMS")
     max_det: int = Field(20, ge=1, description="most detections per image; pycocotools' limit for keypoints")
     bootstrap: int = Field(200, ge=0, description="resamples of the images behind every 95 % interval")
