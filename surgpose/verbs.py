@@ -5,7 +5,6 @@
 # %% ../nbs/91a_verbs.ipynb #c002
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from tyro.conf import Positional, arg
 
 from .config import (EvaluateConfig, PredictConfig, PseudoConfig, RefineConfig, RenderConfig, RunConfig, TrackConfig,
                              TrainConfig, from_environment, load_config, override, profile, videos_from_environment)
-from .flags import Flat, Out, ProfileVerb, Settings, Verb, as_usage, read_pair
+from .errands import Docs, Doctor, Export, Merge, Report, Runs, Stats
+from .flags import Flat, Out, ProfileVerb, Settings, Verb, as_usage
 from .flags import UsageError as UsageError
 
 # %% auto #0
-__all__ = ['VERBS', 'Render', 'Stats', 'Train', 'Evaluate', 'Runs', 'Predict', 'Export', 'Pseudo', 'Merge', 'Refine', 'Compare',
-           'Report', 'Run', 'Doctor', 'Docs']
+__all__ = ['VERBS', 'Render', 'Train', 'Evaluate', 'Predict', 'Pseudo', 'Refine', 'Compare', 'Run']
 
 # %% ../nbs/91a_verbs.ipynb #c006
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +50,6 @@ class Render(ProfileVerb):
 
 # %% ../nbs/91a_verbs.ipynb #c007
 @dataclass(frozen=True, kw_only=True)
-class Stats(Verb):
-    """Count and draw what a dataset holds.
-
-    Example: surgpose stats --data data/mine --out reports/stats
-    """
-    data: Path  # dataset folder
-    out: Out = None  # folder for stats.json, contact_sheet.jpg and figures; `stats` under PROJ_OUT or reports/ when absent
-
-    def run(self) -> Path:
-        from surgpose.synth.statistics import write_stats
-        return write_stats(self.data, self.place(self.out, "stats"))
-
-# %% ../nbs/91a_verbs.ipynb #c008
-@dataclass(frozen=True, kw_only=True)
 class Train(ProfileVerb):
     """Train a network on a dataset folder; an interrupted training is continued.
 
@@ -80,7 +65,7 @@ class Train(ProfileVerb):
         from surgpose.pose.train import train
         return train(self.data, self.place(self.out, "teacher"), self.train, seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c009
+# %% ../nbs/91a_verbs.ipynb #c008
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(ProfileVerb):
     """Score a network on whatever is labelled: images, boxes alone, a video with labels or tips.
@@ -104,21 +89,7 @@ class Evaluate(ProfileVerb):
         if self.elsewhere: evaluate_elsewhere(self.weights, out, self.evaluate, device=self.device)
         return out / "metrics.json"
 
-# %% ../nbs/91a_verbs.ipynb #c010
-@dataclass(frozen=True, kw_only=True)
-class Runs(Verb):
-    """Lay trained networks out in one table: sizes, scores at both sigmas, seconds.
-
-    Example: surgpose runs reports/paper
-    """
-    folders: Positional[tuple[Path, ...]]  # run folders, or folders that hold some
-    out: Out = None  # folder for runs.csv; nothing is written when absent
-
-    def run(self) -> str:
-        from surgpose.pose.runs import runs_text
-        return runs_text(self.folders, self.out)
-
-# %% ../nbs/91a_verbs.ipynb #c011
+# %% ../nbs/91a_verbs.ipynb #c009
 @dataclass(frozen=True, kw_only=True)
 class Predict(ProfileVerb):
     """Find tools in an image, a folder of images, a video, or what a webcam shows.
@@ -136,24 +107,7 @@ class Predict(ProfileVerb):
         out = self.place(self.out, "predictions")
         return predict(self.source, out, self.predict, weights=self.weights, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c012
-@dataclass(frozen=True, kw_only=True)
-class Export(Verb):
-    """Write a network for other programs: ONNX, OpenVINO, or TensorRT.
-
-    Example: surgpose export --format openvino --out model
-    """
-    format: Literal["onnx", "openvino", "engine"]  # engine is TensorRT's, and wants the GPU it will run on
-    weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
-    out: Out = None  # folder for the network's files; `export` under PROJ_OUT or reports/ when absent
-    imgsz: int | None = None  # image size in px; the training size when absent
-    device: str = "cpu"  # cpu, or a GPU's number
-
-    def run(self) -> Path:
-        from surgpose.pose.openvino import export_files
-        return export_files(self.weights, self.place(self.out, "export"), self.format, imgsz=self.imgsz, device=self.device)
-
-# %% ../nbs/91a_verbs.ipynb #c013
+# %% ../nbs/91a_verbs.ipynb #c010
 @dataclass(frozen=True, kw_only=True)
 class Pseudo(ProfileVerb):
     """Propose labels on an unlabelled video, with reasons for every doubt, and collect the sound frames.
@@ -173,24 +127,7 @@ class Pseudo(ProfileVerb):
         propose_labels(self.video, self.weights, out, self.pseudo, self.track, device=self.device)
         return out
 
-# %% ../nbs/91a_verbs.ipynb #c014
-@dataclass(frozen=True, kw_only=True)
-class Merge(Verb):
-    """Put several people's review files together, and list what they disagree on; the later word rules.
-
-    Example: surgpose merge ann/decisions.jsonl bob/decisions.jsonl --out runs/clip/pseudo/decisions.jsonl
-    """
-    files: Positional[tuple[Path, ...]]  # decisions.jsonl of two or more people
-    out: Path  # the merged file; the next `surgpose pseudo` or `surgpose run` reads it as decisions.jsonl in its folder
-
-    def run(self) -> Path:
-        from surgpose.adapt.decisions import merge_decisions
-        if len(self.files) < 2: raise UsageError(f"expected two files or more to merge, got {len(self.files)}")
-        differ = merge_decisions(self.files, self.out)
-        print(f"people differ on {len(differ)} poses", *([differ.to_string(index=False)] if len(differ) else []), sep="\n", file=sys.stderr)
-        return self.out
-
-# %% ../nbs/91a_verbs.ipynb #c015
+# %% ../nbs/91a_verbs.ipynb #c011
 @dataclass(frozen=True, kw_only=True)
 class Refine(ProfileVerb):
     """Adapt a trained network with proposed labels; the teacher is kept where the result is worse.
@@ -214,7 +151,7 @@ class Refine(ProfileVerb):
         return refine(self.teacher, self.data, self.pseudo, self.place(self.out, "refined"), self.train, self.refine,
                       target=self.target, seed=self.seed, device=self.device)
 
-# %% ../nbs/91a_verbs.ipynb #c016
+# %% ../nbs/91a_verbs.ipynb #c012
 @dataclass(frozen=True, kw_only=True)
 class Compare(ProfileVerb):
     """Compare two networks on rendered images and on a video, labelled or not.
@@ -237,29 +174,7 @@ class Compare(ProfileVerb):
                      video=self.video, truth=self.truth, device=self.device)
         return out / "compare.json"
 
-# %% ../nbs/91a_verbs.ipynb #c017
-@dataclass(frozen=True, kw_only=True)
-class Report(Verb):
-    """Run a report notebook and write its page.
-
-    Example: surgpose report 20_stats -p run_dir=reports/demo -p limit=40 --out reports/demo
-    """
-    name: Positional[str]  # like 10_render; the notebooks are in nbs/reports
-    out: Out = None  # folder for notebook, page and stamp; `single` under PROJ_OUT or reports/ when absent
-    set: Settings = ()  # a parameter of the notebook, as often as wanted
-    timeout_s: float = 3600.0  # seconds one cell may take
-
-    def run(self) -> Path:
-        from surgpose.files import read_json
-        from surgpose.report import check_parameters, run_report
-        given = dict(read_pair(text) for text in self.set)
-        as_usage(lambda: check_parameters(self.name, given))
-        page = run_report(self.name, self.place(self.out, "single"), given, timeout_s=self.timeout_s)
-        stamp = read_json(page.with_suffix(".json"))
-        if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
-        return page
-
-# %% ../nbs/91a_verbs.ipynb #c019
+# %% ../nbs/91a_verbs.ipynb #c014
 @dataclass(frozen=True, kw_only=True)
 class Run(ProfileVerb):
     """Do the whole job: render, train, evaluate, predict a video, adapt to it, compare, report.
@@ -318,32 +233,6 @@ class Run(ProfileVerb):
         if not sweep(cells, out, given, scheduler=self.scheduler): raise RuntimeError(f"not every run finished; see {out / 'index.html'}")
         return out / "index.html"
 
-# %% ../nbs/91a_verbs.ipynb #c020
-@dataclass(frozen=True, kw_only=True)
-class Doctor(Verb):
-    """Tell what this machine has and lacks, each with the line that mends it.
-
-    Example: surgpose doctor
-    """
-    def run(self) -> str:
-        from surgpose.doctor import examine
-        well, table = examine()
-        if not well: raise RuntimeError(f"something essential is missing\n{table}")
-        return table
-
-# %% ../nbs/91a_verbs.ipynb #c021
-@dataclass(frozen=True, kw_only=True)
-class Docs(Verb):
-    """Write all notebooks as plain HTML pages with an index, to be read offline.
-
-    Example: surgpose docs --out _docs
-    """
-    out: Out = None  # folder for the pages; `docs` under PROJ_OUT or reports/ when absent
-
-    def run(self) -> Path:
-        from surgpose.docs import write_docs
-        return write_docs(self.place(self.out, "docs"))
-
-# %% ../nbs/91a_verbs.ipynb #c022
+# %% ../nbs/91a_verbs.ipynb #c015
 VERBS: dict[str, type[Verb]] = {v.__name__.lower(): v for v in (Render, Stats, Train, Evaluate, Runs, Predict, Export, Pseudo, Merge, Refine,
                                                                 Compare, Report, Run, Doctor, Docs)}
