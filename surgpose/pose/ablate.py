@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['FIT_PX', 'CAD_NAMES', 'VARIATIONS', 'cad_order', 'write_cad_order', 'ablate', 'ablation_table', 'read_ablation']
+__all__ = ['FIT_PX', 'CAD_NAMES', 'VARIATIONS', 'cad_order', 'write_cad_order', 'ablate', 'read_ablation', 'ablation_table']
 
 # %% ../../nbs/30d_ablate.ipynb #c005
 FIT_PX = 1.0  # how far a label may lie from where its drawing says
@@ -96,45 +97,57 @@ VARIATIONS = {  # what is varied -> what changes in TrainConfig; CAD_NAMES chang
 # %% ../../nbs/30d_ablate.ipynb #c018
 def _folder_name(variation: str) -> str: return variation.replace(" ", "_").replace(".", "")
 
+def _folders(out: Path, variation: str, seeds: Sequence[int]) -> dict[int, Path]:
+    names = [_folder_name(variation), *(f"{_folder_name(variation)}_seed_{k}" for k in seeds[1:])]
+    return {k: out / name for k, name in zip(seeds, names, strict=True)}
+
 def ablate(
     data: Path | str,  # a rendered dataset folder
     out: Path | str,  # a run folder for each variation, and the labels with the CAD's names
     cfg: TrainConfig | None = None,  # the recipe as it is
     *,
     variations: dict[str, dict] | None = None,  # some of `VARIATIONS`, or others
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,  # or several: a training for each
     device: str = "auto",
     progress: bool = True,
-) -> dict[str, dict]:  # what was varied -> what metrics.json holds; for `ablation_table`
+) -> dict[str, list[dict]]:  # what was varied -> what metrics.json holds, for each seed; for `ablation_table`
     "Train and judge a network for each variation of a recipe."
     data, out, cfg, results = Path(data), Path(out), cfg or TrainConfig(), {}
     for name, change in (VARIATIONS if variations is None else variations).items():
-        run, seen = out / _folder_name(name), data
+        seen = data
         if name == CAD_NAMES:
             seen = out / "cad_names"
             if not (seen / "coco_annotations.json").is_file(): write_cad_order(data, seen)
-        train(seen, run, TrainConfig.model_validate({**cfg.model_dump(), **change}), seed=seed, device=device, progress=progress)
-        if not (run / "metrics.json").is_file():
-            evaluate(run / "weights" / "best.pt", seen, run, EvaluateConfig(imgsz=cfg.imgsz), device=device, progress=progress)
-        results[name] = read_json(run / "metrics.json")
+        folders = _folders(out, name, (seed,) if isinstance(seed, int) else seed)
+        for k, run in folders.items():
+            train(seen, run, TrainConfig.model_validate({**cfg.model_dump(), **change}), seed=k, device=device, progress=progress)
+            if not (run / "metrics.json").is_file():
+                evaluate(run / "weights" / "best.pt", seen, run, EvaluateConfig(imgsz=cfg.imgsz), device=device, progress=progress)
+        results[name] = [read_json(run / "metrics.json") for run in folders.values()]
     return results
 
-# %% ../../nbs/30d_ablate.ipynb #c022
+# %% ../../nbs/30d_ablate.ipynb #c020
+def read_ablation(
+    folder: Path | str,  # what `ablate` filled
+) -> dict[str, list[dict]]:  # what was varied -> what metrics.json holds, for each seed; what was not judged is left out
+    "Read the scores of an ablation."
+    def of(name: str) -> list[Path]:
+        first, others = Path(folder) / name / "metrics.json", sorted(Path(folder).glob(f"{name}_seed_*/metrics.json"))
+        return [p for p in (first, *others) if p.is_file()]
+    found = {name: [read_json(p) for p in of(_folder_name(name))] for name in VARIATIONS}
+    return {name: rows for name, rows in found.items() if rows}
+
+# %% ../../nbs/30d_ablate.ipynb #c024
 def ablation_table(
-    results: dict[str, dict],  # what was varied -> what `evaluate` returned
-) -> pd.DataFrame:
+    results: dict[str, list[dict]],  # what was varied -> what `evaluate` returned, for each seed
+) -> pd.DataFrame:  # means over the seeds; with several of them their number, and the range of AP
     "Set the scores of trainings that differ in one thing beside each other."
     import pandas as pd
 
-    rows = {name: {"n": r["n_images"], "AP": r["strict"]["AP"], "AP50": r["strict"]["AP50"], "AP (.2)": r["lenient"]["AP"]}
-            for name, r in results.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
-    return table.assign(**{"AP change": table["AP"] - table["AP"].iloc[0]})
-
-# %% ../../nbs/30d_ablate.ipynb #c026
-def read_ablation(
-    folder: Path | str,  # what `ablate` filled
-) -> dict[str, dict]:  # what was varied -> what metrics.json holds; what was not judged is left out
-    "Read the scores of an ablation."
-    paths = {name: Path(folder) / _folder_name(name) / "metrics.json" for name in VARIATIONS}
-    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    parts = {name: pd.DataFrame([{"n": r["n_images"], "AP": r["strict"]["AP"], "AP50": r["strict"]["AP50"], "AP (.2)": r["lenient"]["AP"]}
+                                 for r in found]).astype(float) for name, found in results.items()}
+    table = pd.DataFrame({name: part.mean() for name, part in parts.items()}).T
+    table["AP change"] = table["AP"] - table["AP"].iloc[0]
+    if all(len(part) == 1 for part in parts.values()): return table
+    ends = {name: {"seeds": len(part), "AP lowest": part["AP"].min(), "AP highest": part["AP"].max()} for name, part in parts.items()}
+    return table.join(pd.DataFrame.from_dict(ends, orient="index"))
