@@ -45,6 +45,7 @@ class Phase:
     code: tuple[str, ...] = ()  # the modules or packages of surgpose it calls, like pose/train; what they import counts too
     inputs: Callable[[Job], tuple[Path | None, ...]] = lambda job: ()  # files from outside that it reads
     clears: tuple[str, ...] = ()  # what to remove before it runs with other settings than last time
+    keeps: tuple[str, ...] = ()  # what it leaves, and looks at itself whether it still holds; never removed, but handed on
     group: str = ""  # a name that selects several phases at once
 
 # %% ../nbs/90a_engine.ipynb #c008

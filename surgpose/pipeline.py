@@ -186,7 +186,7 @@ PHASES: tuple[Phase, ...] = (
           inputs=lambda job: (job.video,), clears=("predictions",), code=("pose/predict",)),
     Phase("pseudo", pseudo_phase, needs=("train",),
           makes=("pseudo/candidates.json", "pseudo/counts.json", "pseudo/dataset/coco_annotations.json"),
-          sections=("pseudo", "track", "predict"), clears=("pseudo/dataset",),
+          sections=("pseudo", "track", "predict"), clears=("pseudo/dataset",), keeps=("pseudo/all",),
           inputs=lambda job: (job.video, _decisions(job)), code=_PROPOSE),
     Phase("refine", refine_phase, needs=("render", "train", "pseudo"), makes=("refined/refine.json",),
           sections=("train", "refine", "evaluate", "seed"), clears=("refined",), code=("adapt/rounds", *_PROPOSE),

@@ -89,7 +89,7 @@ def take_over(
         for other in others:
             entry = _finished(other).get(phase.name, {})
             if other == job.out or entry.get("fingerprint") != now or entry.get("status") not in ("ok", "fresh"): continue
-            for name in (*phase.clears, *phase.makes): _bring(other / name, job.out / name)
+            for name in (*phase.clears, *phase.keeps, *phase.makes): _bring(other / name, job.out / name)
             record[phase.name] = {**entry, "status": "ok", "taken_from": other.name}
             taken.append(phase.name)
             break
