@@ -272,8 +272,7 @@ def benchmark_verdict(
     table: pd.DataFrame,  # from `benchmark`
 ) -> str:
     "Say what was gained, or lost."
-    slower = table[table.ratio < 1]
-    said = "; ".join(f"{r.what} {r.ratio:.2g}x at {r.n:,} {r.unit} ({r.plain_s:.2g} s -> {r.ours_s:.2g} s)"
-                     for r in table.itertuples())
-    lost = f"{len(slower)} of {len(table)} cases are slower" if len(slower) else "no case is slower"
-    return f"Same results everywhere; {lost}: {said}."
+    def told(rows: pd.DataFrame) -> str: return ", ".join(f"{r.what} {r.ratio:.2g}x at {r.n:,} {r.unit}" for r in rows.itertuples())
+    slower, largest = table[table.ratio < 1], table.sort_values("n", kind="stable").drop_duplicates("what", keep="last").sort_index()
+    lost = f"{len(slower)} of {len(table)} cases are slower ({told(slower)})" if len(slower) else "no case is slower"
+    return f"Same results everywhere. At the largest size: {told(largest)}; {lost}."
