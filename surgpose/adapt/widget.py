@@ -90,12 +90,8 @@ def frames_to_show(
     state: ReviewState,
 ) -> set[int]:  # frame numbers
     "List the frames that a review will look at."
-    asked, shown = {item.key for item in state.items}, set()
-    for mates in {id(m): m for m in map(state.mates, state.items)}.values():
-        numbers, wanted = sorted({o.frame for o in mates}), {o.frame for o in mates if o.key in asked}
-        for i, number in enumerate(numbers):
-            if number in wanted: shown |= set(numbers[max(0, i - 1) : i + 2])
-    return shown
+    near = [o for item in state.items for o in (item, *neighbours(state, item)) if o is not None]
+    return {o.frame for o in near}
 
 # %% ../../nbs/43_widget.ipynb #c020
 KEYS = {"a": "accept", "Enter": "accept", "r": "reject", "x": "absent", "n": "skip", " ": "skip", "b": "back", "z": "undo",
