@@ -15,6 +15,7 @@ from zipfile import is_zipfile
 
 from ..config import cache_root, project_root
 from ..files import atomic_path, sha256_file, utc_now
+from .head import head_width, set_head_width
 from ..schema import CLASSES, KEYPOINTS, SIGMAS
 
 if TYPE_CHECKING:
@@ -150,9 +151,11 @@ def _name_outputs(model: Any) -> None:
     model.kpt_shape, model.kpt_oks_sigmas = [len(KEYPOINTS), 3], list(SIGMAS)
     model.kpt_names = {i: list(KEYPOINTS) for i in model.names}
 
-def _carry_over(model: Any, weights: Path | str) -> set[str]:
-    data = read_weights(weights)
-    source = data["model"].state_dict() if "model" in data else data
+def _tensors(weights: Path | str | None) -> dict[str, Any]:
+    data = {} if weights is None else read_weights(weights)
+    return data["model"].state_dict() if "model" in data else data
+
+def _carry_over(model: Any, source: dict[str, Any], weights: Path | str) -> set[str]:
     fits = {k: v.float() for k, v in model.state_dict().items() if k in source and source[k].shape == v.shape}
     if not fits:
         raise ValueError(f"{weights}: none of its {len(source)} tensors fits the network; is it of another size?")
@@ -172,10 +175,12 @@ def build_model(
     except (FileNotFoundError, ValueError, KeyError) as e:
         raise ValueError(f"model: expected a pose model like yolov8n-pose, or its YAML, got {model!r} ({e})") from None
     kpt_shape = [len(KEYPOINTS), 3]
+    source = _tensors(weights)
     yolo.model = PoseModel(yolo.model.yaml, nc=len(CLASSES), data_kpt_shape=kpt_shape, verbose=False)
+    set_head_width(yolo.model, head_width(source))
     yolo.model.task, yolo.model.args = "pose", {}
     _name_outputs(yolo.model)
-    carried = set() if weights is None else _carry_over(yolo.model, weights)
+    carried = set() if weights is None else _carry_over(yolo.model, source, weights)
     if weights is None:
         warnings.warn(f"{model}: no initial weights, so training starts from random numbers and needs far more "
                       "images and epochs; name some with weights_init", stacklevel=2)

@@ -16,6 +16,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..config import TrainConfig
+from .head import head_width, ladder_loss, set_head_width
 from .model import ultralytics
 from ..schema import FLIP_IDX
 
@@ -34,8 +35,8 @@ def sigma_at(
     cfg: TrainConfig,
     *,
     fresh: bool = True,  # the pose head started from random numbers
-) -> float:  # OKS sigma of the loss
-    "Tell the loss's sigma in an epoch."
+) -> float:  # widest OKS sigma of the loss
+    "Tell how wide the loss reaches in an epoch."
     share = min(1.0, epoch / max(SHRINK_UNTIL * (cfg.epochs - 1), 1e-9)) if cfg.epochs > 1 else 0.0
     return cfg.sigma_start * (cfg.sigma_end / cfg.sigma_start) ** (share if fresh else (1 + share) / 2)
 
@@ -50,21 +51,23 @@ def losses_of(
 # %% ../../nbs/30b_recipe.ipynb #c010
 def set_sigma(
     model: Any,  # the network in training, unwrapped
-    sigma: float,
+    sigma: float,  # the widest
+    low: float | None = None,  # the sharpest; the same when absent
 ) -> None:
-    "Set the sigma of a network's keypoint loss."
+    "Set the sigmas of a network's keypoint loss."
     import torch
 
     if getattr(model, "criterion", None) is None: model.criterion = model.init_criterion()
     for loss in losses_of(model):
         for owner in (loss.keypoint_loss, loss.assigner):
             if hasattr(owner, "sigmas"): owner.sigmas = torch.full_like(owner.sigmas, sigma)
+        loss.keypoint_loss = ladder_loss(loss.keypoint_loss.sigmas, low or sigma)
 
 # %% ../../nbs/30b_recipe.ipynb #c011
 def sigma_of(
     model: Any,  # the network in training, unwrapped
 ) -> float:  # that of the first keypoint
-    "Tell the sigma of a network's keypoint loss."
+    "Tell the widest sigma of a network's keypoint loss."
     loss = getattr(model.criterion, "one2many", model.criterion)
     return float(loss.keypoint_loss.sigmas[0])
 
@@ -140,6 +143,12 @@ def trainer_class(
 
         def get_dataset(self) -> dict:
             return dataset_facts(Path(self.args.data))
+
+        def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+            model = super().get_model(cfg, None, verbose)
+            set_head_width(model, head_width(weights.state_dict() if weights else {}))
+            if weights: model.load(weights, verbose)
+            return model
 
         def preprocess_batch(self, batch: dict) -> dict:
             batch = super().preprocess_batch(batch)

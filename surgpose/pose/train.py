@@ -159,7 +159,7 @@ def _begin_epoch(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
     from ultralytics.utils.torch_utils import unwrap_model
 
     model = unwrap_model(trainer.model)
-    set_sigma(model, sigma_at(trainer.epoch, cfg, fresh=bool(fresh_head(model, carried))))
+    set_sigma(model, sigma_at(trainer.epoch, cfg, fresh=bool(fresh_head(model, carried))), cfg.sigma_end)
     loss_in_full(model)
     trainer.bfloat16 = wants_bfloat16(trainer.epoch, cfg, trainer.device.type)
 
