@@ -63,10 +63,12 @@ def _trend(series: np.ndarray, noise_px: np.ndarray) -> MLEModel:
 
 
 def _smooth(series: np.ndarray, noise_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from threadpoolctl import threadpool_limits
+
     shift = np.nanmean(series, 0)
     model = _trend(series - shift, noise_px)
     enough = np.isfinite(series).sum() >= 6 * series.shape[1]
-    with warnings.catch_warnings():
+    with threadpool_limits(1), warnings.catch_warnings():  # matrices of two rows: more threads only wait for each other
         warnings.simplefilter("ignore")  # a search that stops early has found good variances all the same
         params = model.fit(disp=0, maxiter=30).params if enough else model.start_params
         found = model.smooth(params)
