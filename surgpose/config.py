@@ -153,7 +153,7 @@ PROFILES: dict[str, dict] = {
         render=dict(images=80),
         train=dict(imgsz=416, epochs=6, lr0=1e-4),
         pseudo=dict(doubt_conf=0.55),
-        refine=dict(epochs=4, lr0=5e-4, min_frames=2),
+        refine=dict(epochs=4, lr0=1e-4, min_frames=2),
     ),
     "cpu": dict(
         render=dict(images=1000, width=640, height=480, samples=4, val_share=0.15),
