@@ -144,10 +144,13 @@ def ablation_table(
     "Set the scores of trainings that differ in one thing beside each other."
     import pandas as pd
 
-    parts = {name: pd.DataFrame([{"n": r["n_images"], "AP": r["strict"]["AP"], "AP50": r["strict"]["AP50"], "AP (.2)": r["lenient"]["AP"]}
-                                 for r in found]).astype(float) for name, found in results.items()}
+    def row(r: dict) -> dict:
+        wide = r["lenient"]
+        return {"n": r["n_images"], "AP": r["strict"]["AP"], "AP50": r["strict"]["AP50"], "AP (.2)": wide["AP"],
+                "(.2) low": wide.get("AP_low"), "(.2) high": wide.get("AP_high")}
+    parts = {name: pd.DataFrame([row(r) for r in found]).astype(float) for name, found in results.items()}
     table = pd.DataFrame({name: part.mean() for name, part in parts.items()}).T
-    table["AP change"] = table["AP"] - table["AP"].iloc[0]
+    for ap in ("AP", "AP (.2)"): table[f"{ap} change"] = table[ap] - table[ap].iloc[0]
     if all(len(part) == 1 for part in parts.values()): return table
     ends = {name: {"seeds": len(part), "AP lowest": part["AP"].min(), "AP highest": part["AP"].max()} for name, part in parts.items()}
     return table.join(pd.DataFrame.from_dict(ends, orient="index"))
