@@ -100,12 +100,11 @@ def propose_labels(
     from surgpose.adapt.track import follow
     from surgpose.pose.predict import predict, read_predictions
     wanted = sampled(video, pseudo)
-    step = dict(stride=common_step(wanted))
-    wide = (base or PredictConfig()).model_copy(update=dict(conf=pseudo.doubt_conf, overlay=False) | step)
+    wide = (base or PredictConfig()).model_copy(update=dict(conf=pseudo.doubt_conf, overlay=False, stride=common_step(wanted)))
     predict(video, out / "all", wide, weights=weights, device=device)
     first = [(frame, poses) for frame, poses in read_predictions(out / "all") if frame.index in wanted]
-    seen, evidence = second_look(video, first, out / "all" / "augmented.jsonl", pseudo.model_copy(update=step),
-                                 weights=weights, base=wide, device=device)
+    seen, evidence = second_look(video, first, out / "all" / "augmented.jsonl", pseudo, weights=weights,
+                                 base=wide, device=device)
     found = replace(follow(candidates(seen, pseudo, evidence=evidence), track), spare=find_spare(video, pseudo))
     write_candidates(out / "candidates.json", found)
     decisions = decisions or out / "decisions.jsonl"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from .frames import pick_frames
 from .track import affinity, assign
 from ..config import PredictConfig, PseudoConfig, TrackConfig
 from ..files import append_jsonl, hash_data, read_jsonl
@@ -151,7 +152,7 @@ def look_again(
     wanted = {f.index: p for f, p in predictions if len(p) and f.index not in known}
     bar = tqdm(None, "other views", len(wanted), unit="frame", file=sys.stderr, dynamic_ncols=True, disable=not progress)
     with bar:
-        for frame, image in _read(source, wanted, cfg.stride):
+        for frame, image in pick_frames(source, wanted):
             found = [(v, take_back(find(show_view(image, v), v.zoom), v, frame.width, frame.height)) for v in views]
             known[frame.index] = _line(frame.index, *weigh_views(wanted[frame.index], found, TrackConfig()))
             append_jsonl(path, known[frame.index])
@@ -159,12 +160,6 @@ def look_again(
     return [(f, *_unpack(known.get(f.index), p)) for f, p in predictions]
 
 # %% ../../nbs/40c_augment.ipynb #c024
-def _read(source: Path | str, wanted: dict[int, Poses], stride: int) -> Sequence[tuple[Frame, np.ndarray]]:
-    from surgpose.data.video import iter_source
-    if not wanted: return iter(())
-    return ((f, image) for f, image in iter_source(source, stride) if f.index in wanted)
-
-
 def _known(path: Path, key: str) -> dict[int, dict]:
     lines = read_jsonl(path)
     if lines and lines[0].get("depends_on") == key: return {line["frame"]: line for line in lines[1:]}

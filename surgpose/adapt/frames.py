@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['sharpness', 'score_frames', 'spare_frames', 'sampled', 'common_step', 'score_source', 'frames_verdict', 'find_spare',
-           'fig_frames']
+__all__ = ['sharpness', 'score_frames', 'spare_frames', 'sampled', 'common_step', 'pick_frames', 'score_source', 'frames_verdict',
+           'find_spare', 'fig_frames']
 
 # %% ../../nbs/40e_frames.ipynb #c005
 def sharpness(
@@ -77,10 +77,23 @@ def sampled(
 
 
 def common_step(
-    numbers: Sequence[int],  # frame numbers
+    numbers: Collection[int],  # frame numbers
 ) -> int:  # take every n-th frame, and all of them are met
     "Find the stride that reads no more frames than it must."
     return numbers.step if isinstance(numbers, range) else int(np.gcd.reduce(np.array([*numbers], int))) or 1
+
+
+def pick_frames(
+    source: Path | str,  # the video, or folder of images
+    numbers: Collection[int],  # frame numbers, in any order; those that are not there are left out
+) -> Iterator[tuple[Frame, np.ndarray]]:  # frame and picture, in order of time
+    "Read some frames of a source, and nothing behind the last of them."
+    from surgpose.data.video import iter_source
+    if not len(numbers): return
+    wanted, last = (numbers, numbers[-1]) if isinstance(numbers, range) else (set(numbers), max(numbers))
+    for frame, image in iter_source(source, common_step(numbers)):
+        if frame.index in wanted: yield frame, image
+        if frame.index >= last: return
 
 # %% ../../nbs/40e_frames.ipynb #c018
 def score_source(
@@ -89,10 +102,7 @@ def score_source(
     min_change: float = 0.015,
 ) -> pd.DataFrame:  # as from `score_frames`
     "Score the sampled frames of a source."
-    from surgpose.data.video import iter_source
-    wanted = numbers if isinstance(numbers, range) else set(numbers)
-    frames = iter_source(source, common_step(numbers)) if len(numbers) else ()
-    return score_frames(((f, image) for f, image in frames if f.index in wanted), min_change)
+    return score_frames(pick_frames(source, numbers), min_change)
 
 
 def frames_verdict(

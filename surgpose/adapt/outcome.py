@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .frames import pick_frames
 from ..data.draw import contact_sheet, draw_poses
 from ..data.show import CYCLE, new_figure
-from ..data.video import iter_source
 from ..pose.predict import read_predictions
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def frame_pairs(
     spread = np.linspace(0, len(common) - 1, most + 2).round().astype(int)[1:-1] if common else []
     chosen = {common[i] for i in spread}
     pictures, captions = [], []
-    for frame, image in iter_source(source) if chosen else ():
-        if frame.index not in chosen: continue
+    for frame, image in pick_frames(source, chosen):
         pictures += [draw_poses(image, p[frame.index], min_conf=min_conf) for p in pair]
         captions += [f"{name}, {frame.t_s:.2f} s" for name in ("before", "after")]
-        if len(captions) == 2 * len(chosen): break
     return contact_sheet(pictures, columns=2, width=480, captions=captions)

@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 from tqdm.auto import tqdm
 
+from .frames import pick_frames
 from .gate import gate_rows, gate_verdict, held_out_scores
 from .pseudo import Candidates, body_area, counts, frame_states, poses_of
 from .review import Key, apply_decisions, place_decisions, read_decisions, standing
 from ..config import EvaluateConfig, RefineConfig, TrainConfig
 from ..data.coco import new_coco, read_coco, split_coco, write_coco
-from ..data.video import iter_source
 from ..data.yolo import write_yolo
 from ..files import (MANIFEST, code_hash, hash_data, read_json, sha256_file, utc_now, write_json,
                             write_manifest)
@@ -78,12 +78,9 @@ def pseudo_dataset(
 
 # %% ../../nbs/50_refine.ipynb #c008
 def _read(video: Path, wanted: dict[int, Frame], progress: bool) -> Iterator[tuple[Frame, np.ndarray]]:
-    if not wanted: return
-    stride = max(1, int(np.gcd.reduce(list(wanted))))
     with tqdm(total=len(wanted), desc="pseudo-labels", unit="frame", file=sys.stderr, dynamic_ncols=True,
               disable=not progress) as bar:
-        for frame, image in iter_source(video, stride):
-            if frame.index not in wanted: continue
+        for frame, image in pick_frames(video, wanted):
             want, got = ((f.width, f.height) for f in (wanted[frame.index], frame))
             if want != got:
                 raise ValueError(f"{video}: expected frames of {want} px as in the candidates, got {got}; "

@@ -15,10 +15,10 @@ import ipywidgets as w
 import numpy as np
 
 from .canvas import PoseCanvas, make_scene
+from .frames import pick_frames
 from .pseudo import REASONS, read_candidates
 from .review import ReviewItem, ReviewState, review_items
 from ..data.draw import contact_sheet, draw_poses, show_image
-from ..data.video import iter_source
 from ..schema import CLASSES, KEYPOINT_COLOURS, KEYPOINTS, Poses, class_name
 
 # %% auto #0
@@ -34,12 +34,8 @@ class FrameStore:
         source: Path | str,  # a video, or a folder of images
         numbers: Iterable[int],  # frame numbers to keep
     ) -> None:
-        wanted, self._jpeg = set(numbers), {}
-        if not wanted: return
-        for frame, image_bgr in iter_source(source):
-            if frame.index in wanted:
-                self._jpeg[frame.index] = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-            if len(self._jpeg) == len(wanted): break
+        self._jpeg = {frame.index: cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+                      for frame, image_bgr in pick_frames(source, set(numbers))}
 
     def __contains__(self, number: int) -> bool:
         return number in self._jpeg
