@@ -48,7 +48,7 @@ class TrainConfig(Section):
     transpose: float = Field(0.5, ge=0, le=1, description="chance that a batch swaps x and y: an exact quarter turn; jaws are renamed")
     multi_scale: float = Field(0.0, ge=0, lt=1, description="vary imgsz from batch to batch by up to this share")
     mosaic: float = Field(0.2, ge=0, le=1, description="chance of a four-image mosaic; off in the last fifth of the epochs")
-    bfloat16: bool = Field(True, description="compute in bfloat16 on a CPU that has units for it, the loss and the last fifth of the epochs apart: twice as fast")
+    bfloat16: bool = Field(True, description="compute in bfloat16 on a CPU that has units for it, the loss and the last tenth of the epochs apart: twice as fast")
     hsv: tuple[float, float, float] = Field((0.015, 0.5, 0.4), description="random hue, saturation and value, as shares")
     workers: int = Field(2, ge=0, description="data loading processes beside a GPU; a CPU loads in the training's own process")
     max_broken: float = Field(0.01, ge=0, lt=1, description="share of images that may be damaged and are left out; with more the training is refused")

@@ -196,7 +196,7 @@ def write_weights(
     import torch
     from copy import deepcopy
 
-    model = deepcopy(model).half().cpu()
+    model = deepcopy(model).half().cpu().to(memory_format=torch.contiguous_format)
     model.criterion, model.pt_path = None, Path(path).name
     model.args = dict(task="pose", imgsz=facts["imgsz"])
     for p in model.parameters(): p.requires_grad = False

@@ -43,7 +43,7 @@ def loss_in_full(
         if "loss" not in vars(one): one.loss = widened(one.loss)
 
 # %% ../../nbs/30e_precision.ipynb #c013
-FULL_FROM = 0.8  # share of the epochs after which all is computed in full precision
+FULL_FROM = 0.9  # share of the epochs after which all is computed in full precision
 
 def wants_bfloat16(
     epoch: int,  # counted from 0

@@ -118,7 +118,7 @@ def dataset_facts(
     return {**data, "path": root, "names": names, "nc": len(names), "channels": 3, "yaml_file": str(data_yaml),
             "train": absolute(data["train"]), "val": absolute(data["val"])}
 
-# %% ../../nbs/30b_recipe.ipynb #c028
+# %% ../../nbs/30b_recipe.ipynb #c029
 def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
     places = trainer.last, trainer.best
     trainer.last, trainer.best = (p.with_suffix(".tmp") for p in places)
@@ -128,7 +128,7 @@ def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
         if tmp.exists(): os.replace(tmp, place)
     return saved
 
-# %% ../../nbs/30b_recipe.ipynb #c029
+# %% ../../nbs/30b_recipe.ipynb #c030
 def trainer_class(
     cfg: TrainConfig,
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -141,6 +141,10 @@ def trainer_class(
     class ToolTrainer(PoseTrainer):
         bfloat16 = False  # the network, not the loss, computes in it; `pose.train` sets it for each epoch
 
+        @property
+        def memory_format(self) -> torch.memory_format:
+            return torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
+
         def get_dataset(self) -> dict:
             return dataset_facts(Path(self.args.data))
 
@@ -148,14 +152,14 @@ def trainer_class(
             model = super().get_model(cfg, None, verbose)
             set_head_width(model, head_width(weights.state_dict() if weights else {}))
             if weights: model.load(weights, verbose)
-            return model
+            return model.to(memory_format=self.memory_format)
 
         def preprocess_batch(self, batch: dict) -> dict:
             batch = super().preprocess_batch(batch)
             if torch.rand(()) < cfg.transpose: batch = transpose_batch(batch)
             # Ultralytics calls this inside the batch's own autocast block, which takes the switch back at its end
             if self.bfloat16: torch.set_autocast_enabled("cpu", True)
-            return batch
+            return {**batch, "img": batch["img"].contiguous(memory_format=self.memory_format)}
 
         def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             plain = super().build_optimizer(model, *args, **kwargs)
@@ -170,7 +174,7 @@ def trainer_class(
 
     return ToolTrainer
 
-# %% ../../nbs/30b_recipe.ipynb #c032
+# %% ../../nbs/30b_recipe.ipynb #c033
 def ultralytics_settings(
     cfg: TrainConfig,
     seed: int = 0,
@@ -186,12 +190,12 @@ def ultralytics_settings(
         fliplr=cfg.fliplr, flipud=cfg.flipud, scale=cfg.scale, translate=cfg.translate, mosaic=cfg.mosaic,
         close_mosaic=cfg.epochs // 5, hsv_h=hsv_h, hsv_s=hsv_s, hsv_v=hsv_v, exist_ok=True)
 
-# %% ../../nbs/30b_recipe.ipynb #c036
+# %% ../../nbs/30b_recipe.ipynb #c037
 def leads() -> bool:  # false in all processes but one of a training on several GPUs
     "Tell whether this process speaks for the training."
     return os.environ.get("RANK", "-1") in ("-1", "0")
 
-# %% ../../nbs/30b_recipe.ipynb #c037
+# %% ../../nbs/30b_recipe.ipynb #c038
 class Progress:
     "A bar that follows a training through Ultralytics' callbacks."
 
@@ -219,7 +223,7 @@ class Progress:
     def teardown(self, trainer: Any) -> None:
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/30b_recipe.ipynb #c041
+# %% ../../nbs/30b_recipe.ipynb #c042
 class Curves:
     "Event files for TensorBoard, written through Ultralytics' callbacks."
 
