@@ -9,7 +9,7 @@ from pathlib import Path
 # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before a test imports torch; `pose.model` tells why
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before a test imports torch; `pose.model` tells why
 
 import cv2
 import numpy as np

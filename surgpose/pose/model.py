@@ -33,7 +33,8 @@ def cpu_threads() -> int:  # at least 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/30a_model.ipynb #c006
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 # %% ../../nbs/30a_model.ipynb #c009
 def ultralytics() -> ModuleType:  # the package, ready for use

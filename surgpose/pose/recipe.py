@@ -164,7 +164,7 @@ def trainer_class(
         def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             plain = super().build_optimizer(model, *args, **kwargs)
             fresh = {id(p) for k, p in model.named_parameters() if k in fresh_head(model, carried)}
-            return type(plain)(boost_groups(plain.param_groups, fresh, cfg.head_lr))
+            return type(plain)(boost_groups(plain.param_groups, fresh, cfg.head_lr), fused=self.device.type == "cpu")
 
         def save_model(self) -> bool:
             return _save_whole(self, super().save_model)
