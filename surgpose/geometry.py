@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from .schema import SIGMAS
 
 # %% auto #0
 __all__ = ['camera_matrix', 'scale_camera', 'project', 'transform', 'invert_rigid', 'rigid', 'look_at', 'oks', 'iou_xywh',
-           'box_of_keypoints']
+           'strongest', 'box_of_keypoints']
 
 # %% ../nbs/03_geometry.ipynb #c005
 def camera_matrix(
@@ -122,6 +123,17 @@ def iou_xywh(
     return both / np.maximum(either, np.finfo(float).tiny)
 
 # %% ../nbs/03_geometry.ipynb #c033
+def strongest(
+    xywh_px: np.ndarray,  # (N, 4) left, top, width, height
+    score: np.ndarray,  # (N,)
+    iou: float,  # overlap beyond which two boxes are one thing; 1 keeps all
+) -> np.ndarray:  # numbers of the boxes that stay, best score first
+    "Suppress boxes that a better one overlaps."
+    if not len(score): return np.zeros(0, int)
+    above_0 = np.asarray(score, float) + 1  # OpenCV drops a score of 0
+    return np.asarray(cv2.dnn.NMSBoxes(np.asarray(xywh_px, float), above_0, 0.0, iou), int)
+
+# %% ../nbs/03_geometry.ipynb #c037
 def box_of_keypoints(
     kpts: np.ndarray,  # (5, 3) x, y in px and visibility or confidence; points with 0 have no say
     margin: float = 0.0,  # grown on each side, as a share of the longer side

@@ -338,7 +338,7 @@ def test_poses_are_what_ultralytics_found(run, toy_dataset):
 
     model, image = load_model(run / "weights" / "best.pt"), read_image(toy_dataset / "images" / "000001.jpg")
     raw = model.predict(image, imgsz=96, conf=0.0, max_det=5, device="cpu", verbose=False)[0]
-    cfg = PredictConfig(conf=0.0, max_det=5, iou=0.7)
+    cfg = PredictConfig(conf=0.0, max_det=5, iou=0.7, same_tool=1.0)
     (_, _, poses), = predict_frames(model, [(Frame("1.jpg", 128, 128), image)], cfg, device="cpu")
     order = np.argsort(-raw.boxes.conf.numpy(), kind="stable")
     assert len(poses) == 5
@@ -351,7 +351,7 @@ def test_poses_are_what_ultralytics_found(run, toy_dataset):
 
 
 def test_a_folder_is_predicted_into_files_that_agree(run, toy_dataset, tmp_path):
-    cfg, weights = PredictConfig(conf=0.0, max_det=2, stride=4), run / "weights" / "best.pt"
+    cfg, weights = PredictConfig(conf=0.0, max_det=2, same_tool=1.0, stride=4), run / "weights" / "best.pt"
     out = predict(toy_dataset, tmp_path, cfg, weights=weights, device="cpu", progress=False)
     rows = read_predictions(out)
     assert [f.file_name for f, _ in rows] == [f"{i:06d}.jpg" for i in (0, 4, 8, 12)]

@@ -23,7 +23,7 @@ from surgpose.pose import predict as rooms
 from surgpose.pose.model import find_weights
 from surgpose.pose.predict import predict, read_predictions
 
-LOOSE = dict(conf=0.0, max_det=2)
+LOOSE = dict(conf=0.0, max_det=2, same_tool=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +97,7 @@ from surgpose.pose import predict as rooms
 calm = rooms.draw_poses
 def slow(image, poses): time.sleep(0.3); return calm(image, poses)
 rooms.draw_poses = slow
-cfg = PredictConfig(conf=0.0, max_det=2, checkpoint=3)
+cfg = PredictConfig(conf=0.0, max_det=2, same_tool=1.0, checkpoint=3)
 rooms.predict(sys.argv[1], sys.argv[2], cfg, weights=sys.argv[3], device="cpu", progress=False)
 """
     out = tmp_path / "killed"
@@ -273,7 +273,7 @@ def refuse(*args, **kwargs): raise SystemExit(f"network: {args}")
 socket.create_connection = socket.getaddrinfo = refuse; socket.socket.connect = refuse
 from surgpose.config import PredictConfig
 from surgpose.pose.predict import predict
-cfg = PredictConfig(conf=0.0, max_det=2, frames=1)
+cfg = PredictConfig(conf=0.0, max_det=2, same_tool=1.0, frames=1)
 predict(sys.argv[1], sys.argv[2], cfg, weights=sys.argv[3], device="cpu", progress=False)
 assert sys.modules["openvino_telemetry"] is None
 print("torch" in sys.modules, "ultralytics" in sys.modules)

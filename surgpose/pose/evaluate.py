@@ -18,7 +18,7 @@ from ..files import hash_data, utc_now, write_json
 from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap, has_keypoints, judge, keypoint_errors,
                                  reason_for_nan)
 from .judge import score as score
-from .mistakes import calibration, confusion
+from .mistakes import calibration, confusion, shown
 from .model import find_weights, load_model, model_sha
 from .predict import predict_frames
 from .tips import false_tips, worst_tips
@@ -95,7 +95,8 @@ def metrics(
     posed = {**truth, "annotations": [a for a in truth["annotations"] if has_keypoints(a)]}
     judged = {s: judge(posed, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
     strict, lenient, boxes = judged[SIGMAS[0]], judged[LENIENT_SIGMAS[0]], judge(truth, found, kind="bbox")
-    errors, (taken_for, false) = keypoint_errors(truth, found), confusion(truth, found, cfg.threshold, resamples)
+    seen = shown(found, cfg.threshold, cfg.same_tool)
+    errors, (taken_for, false) = keypoint_errors(truth, found), confusion(truth, seen, cfg.threshold, resamples)
     yardsticks = dict(box=boxes, strict=strict, lenient=lenient) if posed["annotations"] else dict(box=boxes)
     out = dict(
         n_images=n, n_tools=len(truth["annotations"]), n_found=len(found), reason=reason_for_nan(truth),
@@ -129,7 +130,7 @@ def tip_metrics(
     "Measure predictions where only tips are labelled."
     cfg, frames = cfg or EvaluateConfig(), sorted({int(f) for f in tips.frame})
     images = [dict(id=f, frame=f, width=tips.width, height=tips.height) for f in frames]
-    seen = dict(images=images, annotations=found)
+    seen = dict(images=images, annotations=shown(found, cfg.threshold, cfg.same_tool))
     return _no_nan(dict(n_images=len(frames), n_tools=len(tips.frame), n_found=len(found),
                         reason="only tips are labelled, so neither OKS nor boxes are scored" if frames else "no tip is labelled",
                         tips=tip_errors(seen, tips, resamples=cfg.bootstrap, threshold=cfg.threshold),

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from ..data.coco import annotations_by_image
-from ..geometry import iou_xywh
+from ..geometry import iou_xywh, strongest
 from .judge import Judged, bootstrap, bootstrap_ci
 from ..schema import CLASSES
 
 # %% auto #0
-__all__ = ['MIN_IOU', 'NAMES', 'BINS', 'MIN_SCORE', 'HALF', 'pair_boxes', 'confusion_by_image', 'false_numbers', 'confusion',
-           'Scored', 'scored', 'calibration']
+__all__ = ['MIN_IOU', 'NAMES', 'BINS', 'MIN_SCORE', 'HALF', 'pair_boxes', 'shown', 'confusion_by_image', 'false_numbers',
+           'confusion', 'Scored', 'scored', 'calibration']
 
 # %% ../../nbs/31b_mistakes.ipynb #c005
 MIN_IOU = 0.5
@@ -36,7 +36,20 @@ def pair_boxes(
         if best >= 0 and row[best] >= min_iou: partner[i], free[best] = best, False
     return partner
 
-# %% ../../nbs/31b_mistakes.ipynb #c008
+# %% ../../nbs/31b_mistakes.ipynb #c009
+def shown(
+    found: list[dict],  # COCO results
+    threshold: float,  # lowest score
+    same_tool: float,  # IoU beyond which two boxes of an image are one tool
+) -> list[dict]:  # some of them, strongest first within an image
+    "Take the detections that a user would see."
+    groups: dict[int, list[dict]] = {}
+    for row in found:
+        if row["score"] >= threshold: groups.setdefault(row["image_id"], []).append(row)
+    return [rows[i] for rows in groups.values()
+            for i in strongest([r["bbox"] for r in rows], [r["score"] for r in rows], same_tool)]
+
+# %% ../../nbs/31b_mistakes.ipynb #c012
 def confusion_by_image(
     truth: dict,  # COCO file as plain dicts; keypoints are not needed
     found: list[dict],  # COCO results
@@ -54,7 +67,7 @@ def confusion_by_image(
         for i in set(range(len(tools))) - set(partner.tolist()): counts[n, tools[i]["category_id"] - 1, nothing] += 1
     return counts
 
-# %% ../../nbs/31b_mistakes.ipynb #c010
+# %% ../../nbs/31b_mistakes.ipynb #c014
 def false_numbers(
     per_image: np.ndarray,  # (images, classes) how many false detections of each class
     threshold: float,  # score from which a detection counted
@@ -78,7 +91,7 @@ def confusion(
     table = dict(threshold=threshold, iou=MIN_IOU, names=list(NAMES), counts=by_image.sum(0).tolist())
     return table, false_numbers(wrong.sum(1), threshold, resamples)
 
-# %% ../../nbs/31b_mistakes.ipynb #c014
+# %% ../../nbs/31b_mistakes.ipynb #c018
 BINS, MIN_SCORE, HALF = 10, 0.1, 0  # HALF: number of the threshold .5 among COCO's
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def scored(
     rows = rows[rows[:, 1] >= min_score]
     return Scored(rows[:, 0].astype(int), rows[:, 1], rows[:, 2] > 0)
 
-# %% ../../nbs/31b_mistakes.ipynb #c015
+# %% ../../nbs/31b_mistakes.ipynb #c019
 def _bin_sums(s: Scored, weight: np.ndarray) -> np.ndarray:
     place = np.minimum((s.score * BINS).astype(int), BINS - 1)
     return np.stack([np.bincount(place, weight * v, BINS) for v in (np.ones(len(s.score)), s.score, s.right)])

@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
@@ -30,6 +30,7 @@ from ..data.video import (VideoInfo, camera_number, count_source, is_video, iter
                                  read_image, video_info, write_video)
 from ..data.yolo import POINT_SHIFT
 from ..files import atomic_path, hash_data, lock_folder, read_json, utc_now, versions
+from ..geometry import strongest
 from .model import find_weights, lacks_memory, load_model, memory_in_use, model_sha, resolve_device
 from .openvino import FastNetwork, choose_backend
 from .record import (Parts, ahead, predictions_dict, predictions_table, read_predictions, write_predictions,
@@ -74,16 +75,22 @@ def predict_frames(
     "Predict one frame after another."
     cfg = cfg or PredictConfig()
     if isinstance(model, Path | str): model = load_model(model)
-    if isinstance(model, FastNetwork):
-        for frame, image in frames: yield frame, image, model.find(image, cfg, imgsz=imgsz)
-        return
+    find = _finder(model, cfg, device, imgsz)
+    for frame, image in frames: yield frame, image, _shown(find(image), cfg)
+
+def _shown(poses: Poses, cfg: PredictConfig | EvaluateConfig) -> Poses:
+    if isinstance(cfg, EvaluateConfig): return poses  # AP wants all; what is not shown is left out later
+    return poses[strongest(poses.xywh_px, poses.score, cfg.same_tool)]
+
+def _finder(model: YOLO | FastNetwork, cfg: PredictConfig | EvaluateConfig, device: str, imgsz: int | None) -> Callable[[np.ndarray], Poses]:
+    if isinstance(model, FastNetwork): return lambda image: model.find(image, cfg, imgsz=imgsz)
     device = resolve_device(device).split(",")[0]
     classes = [CLASSES.index(c) for c in getattr(cfg, "classes", ())] or None
     options = dict(imgsz=imgsz or cfg.imgsz or model.trained_imgsz, classes=classes, conf=cfg.conf, iou=cfg.iou, max_det=cfg.max_det,
                    device=device, verbose=False, save=False)
-    for frame, image in frames:
-        with _memory_told(options["imgsz"], device): poses = poses_of_result(model.predict(image, **options)[0])
-        yield frame, image, poses
+    def find(image: np.ndarray) -> Poses:
+        with _memory_told(options["imgsz"], device): return poses_of_result(model.predict(image, **options)[0])
+    return find
 
 @contextmanager
 def _memory_told(imgsz: int, device: str) -> Iterator[None]:
@@ -93,7 +100,7 @@ def _memory_told(imgsz: int, device: str) -> Iterator[None]:
         raise RuntimeError(f"predict: out of memory at {imgsz} px ({memory_in_use(device)}); lower predict.imgsz, "
                            f"{'close what else runs' if device == 'cpu' else 'or choose device=cpu'}, and run it again: it goes on where it stopped") from e
 
-# %% ../../nbs/32_predict.ipynb #c016
+# %% ../../nbs/32_predict.ipynb #c019
 @dataclass(frozen=True)
 class _Source:
     path: Path
@@ -120,7 +127,7 @@ def _open_source(source: Path, cfg: PredictConfig) -> _Source:
     names = () if is_video(source) else tuple(p.name for p in list_images(source))
     return _Source(source, None, video_info(source) if is_video(source) else None, names, total)
 
-# %% ../../nbs/32_predict.ipynb #c018
+# %% ../../nbs/32_predict.ipynb #c021
 def _write_still(path: Path, image_bgr: np.ndarray) -> None:
     with atomic_path(path) as tmp: tmp.write_bytes(cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
 
@@ -143,7 +150,7 @@ def _overlay(source: _Source, parts: Parts, cfg: PredictConfig) -> Iterator[Any]
                 film.write(draw_poses(image, poses), frame.t_s - first[0])
             yield write
 
-# %% ../../nbs/32_predict.ipynb #c019
+# %% ../../nbs/32_predict.ipynb #c022
 def _next_part(stream: Iterator, source: _Source, parts: Parts, cfg: PredictConfig, bar: tqdm) -> bool:
     head = next(stream, None)
     if head is None: return False
@@ -169,7 +176,7 @@ def _wanted(frames: Iterator, skip: bool, count: int | None, stop: Event) -> Ite
         if skip: next(frames)
         yield from takewhile(lambda _: not stop.is_set(), islice(frames, count))
 
-# %% ../../nbs/32_predict.ipynb #c020
+# %% ../../nbs/32_predict.ipynb #c023
 def _work(source: _Source, parts: Parts, cfg: PredictConfig, model: Any, device: str, progress: bool) -> None:
     last, done = parts.last(), sum(1 for _ in parts.rows())
     if source.total is not None and done >= source.total: return
@@ -182,7 +189,7 @@ def _work(source: _Source, parts: Parts, cfg: PredictConfig, model: Any, device:
                                        dynamic_ncols=True, disable=not progress))
         while _next_part(stream, source, parts, cfg, bar): pass
 
-# %% ../../nbs/32_predict.ipynb #c022
+# %% ../../nbs/32_predict.ipynb #c025
 def _lost(source: _Source, parts: Parts, cfg: PredictConfig) -> list[dict]:
     gone, expected = [], 0
     for frame, _ in parts.rows():
@@ -214,7 +221,7 @@ def _finish(source: _Source, parts: Parts, out: Path, cfg: PredictConfig, facts:
     write_predictions(out / "predictions.json", parts.rows(), info)
     shutil.rmtree(parts.folder)
 
-# %% ../../nbs/32_predict.ipynb #c024
+# %% ../../nbs/32_predict.ipynb #c027
 def _is_done(source: _Source, out: Path, cfg: PredictConfig, facts: dict) -> bool:
     path = out / "predictions.json"
     if not path.is_file() or not (out / "predictions.csv").is_file(): return False
@@ -225,7 +232,7 @@ def _is_done(source: _Source, out: Path, cfg: PredictConfig, facts: dict) -> boo
     names = (im["file_name"] for im in known["images"])
     return all((out / "overlay" / _still_name(name, source.names)).is_file() for name in names)
 
-# %% ../../nbs/32_predict.ipynb #c025
+# %% ../../nbs/32_predict.ipynb #c028
 def predict(
     source: Path | str,  # an image, a folder of images, a video, or a webcam's number
     out: Path | str,  # folder for predictions.json, predictions.csv, and overlay.mp4 or overlay/
