@@ -43,7 +43,7 @@ def command_of(
     programs = Path(sys.executable).parent
     if way == "surgpose":
         return [f"{programs / 'surgpose'}", "predict", f"{clip}", "--weights", f"{weights}", "--out", f"{out}", "--imgsz",
-                f"{imgsz}", "--device", "cpu"]
+                f"{imgsz}", "--device", "cpu", "--same-tool", "1"]  # as many boxes as the other
     ours = PredictConfig()
     facts = dict(model=weights, source=clip, imgsz=imgsz, save=True, save_txt=True, save_conf=True, conf=ours.conf, iou=ours.iou,
                  max_det=ours.max_det, device="cpu", project=out.parent, name=out.name, exist_ok=True)
