@@ -153,13 +153,13 @@ class RunConfig(Section):
 PROFILES: dict[str, dict] = {
     "demo": dict(
         render=dict(images=80),
-        train=dict(imgsz=416, epochs=6, lr0=1e-4),
+        train=dict(imgsz=448, epochs=6, lr0=2e-5, sigma_end=0.05),
         pseudo=dict(doubt_conf=0.55),
-        refine=dict(epochs=4, lr0=1e-4, min_frames=2),
+        refine=dict(epochs=4, lr0=2e-5, min_frames=2),
     ),
     "cpu": dict(
         render=dict(images=1000, width=640, height=480, samples=4, val_share=0.15),
-        train=dict(imgsz=416, epochs=40, batch=16, warmup_epochs=3.0),
+        train=dict(imgsz=448, epochs=40, batch=16, warmup_epochs=3.0, sigma_end=0.05),
         refine=dict(rounds=2, teacher_ema=0.3),
     ),
     "paper": dict(
