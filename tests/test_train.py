@@ -178,7 +178,7 @@ def test_a_training_that_is_handed_to_another_process_is_the_same(toy_dataset, t
     monkeypatch.setattr(training, "trainer_class", lambda *a: type("Over", (real(*a),), over))
     other = train(toy_dataset, tmp_path / "run", TINY, device="cpu", progress=False)
     for mine, theirs in zip(rows(other), rows(run), strict=True):
-        # AdamW's first steps are as long for a gradient of rounding errors as for any other: two processes drift apart
+        # AdamW's first steps are as long for rounding errors as for any gradient: two processes drift apart
         assert mine["train/pose_loss"] == pytest.approx(theirs["train/pose_loss"], rel=0.02)
         assert mine["lr/pg0"] == theirs["lr/pg0"]
     assert list((other / "tensorboard").glob("events.*"))
