@@ -169,7 +169,7 @@ class Compare(ProfileVerb):
 
     def run(self) -> Path:
         from surgpose.measure import compare_runs
-        out, same = self.place(self.out, "compare"), self.evaluate.model_dump(include={"imgsz", "iou", "max_det"})
+        out, same = self.place(self.out, "compare"), self.evaluate.model_dump(include={"imgsz", "iou", "max_det", "same_tool"})
         compare_runs(self.before, self.after, out, self.evaluate, predict=PredictConfig(**same), data=self.data,
                      video=self.video, truth=self.truth, device=self.device)
         return out / "compare.json"
