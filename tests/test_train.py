@@ -177,9 +177,9 @@ def test_a_training_that_is_handed_to_another_process_is_the_same(toy_dataset, t
     over = dict(train=hand_over)
     monkeypatch.setattr(training, "trainer_class", lambda *a: type("Over", (real(*a),), over))
     other = train(toy_dataset, tmp_path / "run", TINY, device="cpu", progress=False)
-    for mine, theirs in zip(rows(other), rows(run), strict=True):
-        # AdamW's first steps are as long for rounding errors as for any gradient: two processes drift apart
-        assert mine["train/pose_loss"] == pytest.approx(theirs["train/pose_loss"], rel=0.02)
+    # the other process has one thread: it adds in another order, and AdamW makes steps of the rounding errors
+    for mine, theirs, rel in zip(rows(other), rows(run), (1e-3, 0.02), strict=True):
+        assert mine["train/pose_loss"] == pytest.approx(theirs["train/pose_loss"], rel=rel)
         assert mine["lr/pg0"] == theirs["lr/pg0"]
     assert list((other / "tensorboard").glob("events.*"))
 
