@@ -159,8 +159,8 @@ PROFILES: dict[str, dict] = {
     ),
     "cpu": dict(
         render=dict(images=1000, width=640, height=480, samples=4, val_share=0.15),
-        train=dict(imgsz=448, epochs=40, batch=16, warmup_epochs=3.0, sigma_end=0.05),
-        refine=dict(rounds=2, teacher_ema=0.3),
+        train=dict(imgsz=448, epochs=40, warmup_epochs=1.0, sigma_end=0.05, multi_scale=0.5, scale=0.5),
+        refine=dict(epochs=15, freeze=0, lr0=5e-4, rounds=2, teacher_ema=0.3),
     ),
     "paper": dict(
         render=dict(images=1150, width=1280, height=1024, res_scale=0.8, samples=24, per_obj_cap=50, val_share=0.15,

@@ -238,6 +238,7 @@ def fig_counts(
               ("doubts", counted["reasons"], CYCLE[1]))
     for ax, (title, numbers, colour) in zip(axes, panels, strict=True):
         names = [n.replace("_", " ") for n in numbers]
+        if not names: ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center"); ax.set_yticks([])
         ax.bar_label(ax.barh(names, list(numbers.values()), color=colour), padding=2)
         ax.set(title=title, xlabel="count", xlim=(0, 1.15 * max([1, *numbers.values()])))
         ax.invert_yaxis(); ax.grid(axis="y", visible=False)
