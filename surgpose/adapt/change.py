@@ -201,9 +201,8 @@ def _in_time(truth: dict, found: list[dict]) -> tuple[dict, list[dict]]:
 
 
 def _judge_clip(truth: dict, found: list[dict]) -> Callable[[np.ndarray], dict[str, float]]:
-    posed = {**truth, "annotations": [a for a in truth["annotations"] if has_keypoints(a)]}
-    judged = {"AP": judge(posed, found), "AP at sigma 0.2": judge(posed, found, sigmas=LENIENT_SIGMAS), "box AP": judge(truth, found, kind="bbox")}
-    errors = keypoint_errors(posed, found)
+    judged = {"AP": judge(truth, found), "AP at sigma 0.2": judge(truth, found, sigmas=LENIENT_SIGMAS), "box AP": judge(truth, found, kind="bbox")}
+    errors = keypoint_errors(truth, found)
     def values(frames: np.ndarray) -> dict[str, float]:
         weight = np.bincount(frames, minlength=len(truth["images"]))[errors.image] if len(errors.image) else np.zeros(0, int)
         drawn, size = np.repeat(errors.error_px, weight, 0), np.repeat(errors.diagonal_px, weight)

@@ -92,12 +92,11 @@ def metrics(
     "Measure predictions in every way that reports show."
     cfg = cfg or EvaluateConfig()
     n, resamples = len(truth["images"]), cfg.bootstrap
-    posed = {**truth, "annotations": [a for a in truth["annotations"] if has_keypoints(a)]}
-    judged = {s: judge(posed, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
+    judged = {s: judge(truth, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
     strict, lenient, boxes = judged[SIGMAS[0]], judged[LENIENT_SIGMAS[0]], judge(truth, found, kind="bbox")
     seen = shown(found, cfg.threshold, cfg.same_tool)
     errors, (taken_for, false) = keypoint_errors(truth, found), confusion(truth, seen, cfg.threshold, resamples)
-    yardsticks = dict(box=boxes, strict=strict, lenient=lenient) if posed["annotations"] else dict(box=boxes)
+    yardsticks = dict(box=boxes, strict=strict, lenient=lenient) if any(map(has_keypoints, truth["annotations"])) else dict(box=boxes)
     out = dict(
         n_images=n, n_tools=len(truth["annotations"]), n_found=len(found), reason=reason_for_nan(truth),
         strict=dict(sigma=SIGMAS[0], **_averages(strict, resamples)),
@@ -195,7 +194,7 @@ def _draw_worst(labelled: Labelled, found: list[dict], cfg: EvaluateConfig, path
 # %% ../../nbs/31_evaluate.ipynb #c018
 def summary_row(
     measured: dict,  # what a metrics.json holds, complete or not
-) -> dict[str, float]:  # n; AP, AP50, AP75, AR at both sigmas, box AP50, PCK, tip error, false detections; some with low and high
+) -> dict[str, float]:  # n; AP, AP50, AP75, AR, the first two at the lenient sigma as well, box AP50, PCK, tip error, false detections; some with low and high
     "Pick the numbers that decide."
     nan = float("nan")
     def get(*path: str) -> float:

@@ -54,7 +54,7 @@ def ladder(
 
 # %% ../../nbs/30f_head.ipynb #c013
 def ladder_loss(
-    sigmas: torch.Tensor,  # (K,) the widest, for each keypoint
+    sigmas: torch.Tensor,  # (K,) the widest; the largest of them rules all keypoints
     low: float,  # the sharpest
 ) -> Any:  # a module with Ultralytics' signature: (N, K, 3) found and labelled points, (N, K) labelled or not, (N, 1) area
     "Make the keypoint loss over a ladder of sigmas."

@@ -18,7 +18,7 @@ from ..geometry import iou_xywh
 from ..schema import CLASSES, KEYPOINTS, SIGMAS, Poses
 
 # %% auto #0
-__all__ = ['THRESHOLDS', 'PAIR_IOU', 'PCK_SHARES', 'Judged', 'judge', 'average', 'has_keypoints', 'reason_for_nan', 'score',
+__all__ = ['THRESHOLDS', 'PAIR_IOU', 'PCK_SHARES', 'Judged', 'has_keypoints', 'judge', 'average', 'reason_for_nan', 'score',
            'bootstrap', 'bootstrap_ci', 'Errors', 'keypoint_errors']
 
 # %% ../../nbs/31a_judge.ipynb #c005
@@ -28,6 +28,16 @@ class Judged:
     image_ids: tuple[int, ...]
     cells: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray, int]]
     # (category id, image number) -> score (D,), hit (T, D), ignored (T, D) at T thresholds, and how many tools there are
+
+def has_keypoints(
+    annotation: dict,
+) -> bool:
+    "Tell whether a tool has a labelled keypoint."
+    return any(annotation.get("keypoints", ())[2::3])
+
+def _counted(a: dict) -> dict:
+    flat = a.get("keypoints") or [0.0] * 3 * len(KEYPOINTS)
+    return {**a, "keypoints": flat, "num_keypoints": sum(v > 0 for v in flat[2::3])}
 
 def judge(
     truth: dict,  # COCO file as plain dicts
@@ -42,7 +52,7 @@ def judge(
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
         base, results = COCO(), COCO()
-        base.dataset = {**truth, "annotations": [{**a, "id": i, "area": area_px2(a), "iscrowd": a.get("iscrowd", 0)}
+        base.dataset = {**truth, "annotations": [{**_counted(a), "id": i, "area": area_px2(a), "iscrowd": a.get("iscrowd", 0)}
                                                  for i, a in enumerate(truth["annotations"], 1)]}
         rows = [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for i, r in enumerate(found, 1)]
         results.dataset = {k: truth[k] for k in ("images", "categories")} | dict(annotations=rows)
@@ -88,12 +98,6 @@ def average(
     return dict(AP=float(precision.mean()), AP50=float(precision[0]), AP75=float(precision[5]), AR=float(recall.mean()))
 
 # %% ../../nbs/31a_judge.ipynb #c009
-def has_keypoints(
-    annotation: dict,
-) -> bool:
-    "Tell whether a tool has a labelled keypoint."
-    return any(annotation.get("keypoints", ())[2::3])
-
 def reason_for_nan(
     truth: dict,  # COCO file as plain dicts
 ) -> str | None:  # None when everything can be scored
@@ -109,12 +113,9 @@ def score(
     sigmas: Sequence[float] = SIGMAS,  # (5,)
 ) -> dict[str, Any]:  # AP, AP50, AP75, AR of keypoints, box_AP, box_AP50 of boxes; `reason` where there is NaN
     "Score found tools as COCO does."
-    posed = [a for a in truth["annotations"] if has_keypoints(a)]
-    nothing = dict.fromkeys(("AP", "AP50", "AP75", "AR"), float("nan"))
-    points = average(judge({**truth, "annotations": posed}, found, sigmas=sigmas)) if posed else nothing
-    boxes = average(judge(truth, found, kind="bbox")) if truth["annotations"] else nothing
-    out = {**points, "box_AP": boxes["AP"], "box_AP50": boxes["AP50"]}
-    return out if posed else {**out, "reason": reason_for_nan(truth)}
+    points, boxes = average(judge(truth, found, sigmas=sigmas)), average(judge(truth, found, kind="bbox"))
+    out, reason = {**points, "box_AP": boxes["AP"], "box_AP50": boxes["AP50"]}, reason_for_nan(truth)
+    return {**out, "reason": reason} if reason else out
 
 # %% ../../nbs/31a_judge.ipynb #c016
 def bootstrap(

@@ -48,7 +48,7 @@ LOSSES = {"box": "box_loss", "class": "cls_loss", "keypoint place": "pose_loss",
 def fig_losses(
     table: pd.DataFrame,  # results.csv
 ) -> Figure:
-    "Draw the losses over the epochs; each is scaled to its first value."
+    "Draw the losses over the epochs, each on an axis of its own."
     fig, axes = new_figure(1, len(LOSSES), height_in=2.3, sharex=True)
     for ax, (name, column) in zip(axes, LOSSES.items(), strict=True):
         for part, line in (("train", "-"), ("val", ":")):
