@@ -19,8 +19,8 @@ from .render_settings import RenderConfig, Section
 # %% auto #0
 __all__ = ['PROFILES', 'MAX_YAML_BYTES', 'TrainConfig', 'EvaluateConfig', 'PredictConfig', 'PseudoConfig', 'TrackConfig',
            'RefineConfig', 'ReportConfig', 'RunConfig', 'profile', 'config_yaml', 'read_yaml', 'load_config',
-           'override', 'project_root', 'shared_dir', 'cache_root', 'from_environment', 'videos_from_environment',
-           'output_root', 'RenderConfig', 'Section']
+           'read_value', 'override', 'project_root', 'shared_dir', 'cache_root', 'from_environment',
+           'videos_from_environment', 'output_root', 'RenderConfig', 'Section']
 
 # %% ../nbs/01_config.ipynb #c005
 _all_ = ["RenderConfig", "Section"]
@@ -220,6 +220,16 @@ def _validated(data: dict, where: str) -> RunConfig:
         raise ValueError(f"{where}: " + "; ".join(lines)) from None
 
 # %% ../nbs/01_config.ipynb #c029
+def read_value(
+    text: str,  # as it stands behind name= on a command line
+    where: str,  # what to call the place in an error
+) -> Any:
+    "Read one value as YAML."
+    try: return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ValueError(f"{where}: expected a YAML value, like 3, true, text or [1, 2], got {text[:80]!r}") from None
+
+# %% ../nbs/01_config.ipynb #c032
 def override(
     cfg: RunConfig,
     assignments: list[str],  # like ["train.epochs=3", "render.strategy_mix={studio: 1}"]; values are YAML
@@ -233,10 +243,10 @@ def override(
         for part in path[:-1]:
             node = node.get(part) if isinstance(node, dict) else None
             if not isinstance(node, dict): raise ValueError(f"override {text!r}: there is no section {part!r}")
-        node[path[-1]] = yaml.safe_load(value)
+        node[path[-1]] = read_value(value, f"override {key.strip()}")
     return _validated(data, "override")
 
-# %% ../nbs/01_config.ipynb #c033
+# %% ../nbs/01_config.ipynb #c036
 def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data/
     "Find the checkout."
     starts = [Path.cwd(), Path(__file__).resolve().parent] if "__file__" in globals() else [Path.cwd()]
@@ -245,19 +255,19 @@ def project_root() -> Path:  # the folder that holds settings.ini, nbs/ and data
             if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir(): return folder
     raise FileNotFoundError(f"project_root: no settings.ini beside a nbs/ above {Path.cwd()}; work in a clone, installed with `pip install -e .`")
 
-# %% ../nbs/01_config.ipynb #c034
+# %% ../nbs/01_config.ipynb #c037
 def shared_dir() -> Path | None:  # folder with real footage, scanned tools and weights, if there is one
     "Find the optional folder of shared data: `SURGPOSE_SHARED`, or `../shared` beside the checkout."
     folder = Path(os.environ.get("SURGPOSE_SHARED") or project_root().parent / "shared")
     return folder.resolve() if folder.is_dir() else None
 
-# %% ../nbs/01_config.ipynb #c037
+# %% ../nbs/01_config.ipynb #c040
 def cache_root() -> Path:  # SURGPOSE_CACHE, else surgpose in XDG_CACHE_HOME or ~/.cache; may not exist yet
     "Tell where things are kept that can be made again."
     if os.environ.get("SURGPOSE_CACHE"): return Path(os.environ["SURGPOSE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgpose"
 
-# %% ../nbs/01_config.ipynb #c040
+# %% ../nbs/01_config.ipynb #c043
 def from_environment(
     cfg: RunConfig,
     environ: Mapping[str, str] | None = None,  # os.environ when absent
@@ -272,7 +282,7 @@ def from_environment(
     found = {k: p for k, p in inputs.items() if p.exists() and getattr(cfg.render, k) is None}
     return cfg.model_copy(update=dict(render=RenderConfig(**{**cfg.render.model_dump(), **found})))
 
-# %% ../nbs/01_config.ipynb #c041
+# %% ../nbs/01_config.ipynb #c044
 def videos_from_environment(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> list[Path]:  # the clips in PROJ_DATA/vids_test, sorted; empty without PROJ_DATA
@@ -281,7 +291,7 @@ def videos_from_environment(
     if not data: return []
     return sorted(p for p in (Path(data) / "vids_test").glob("*") if p.suffix.lower() in {".mp4", ".mkv", ".avi", ".mov"})
 
-# %% ../nbs/01_config.ipynb #c042
+# %% ../nbs/01_config.ipynb #c045
 def output_root(
     environ: Mapping[str, str] | None = None,  # os.environ when absent
 ) -> Path:  # PROJ_OUT, or reports/ of the checkout

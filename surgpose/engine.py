@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, config_yaml
-from .files import (atomic_write, hash_data, lock_folder, read_json, safe_join, sha256_file, utc_now,
+from .files import (atomic_write, exit_code, hash_data, lock_folder, read_json, safe_join, sha256_file, utc_now,
                             versions, write_json)
 from .page import format_number, headlines, write_index
 from .sources import source_hash
 
 # %% auto #0
-__all__ = ['SPEED', 'Job', 'Phase', 'fingerprint', 'select_phases', 'run_phases']
+__all__ = ['SPEED', 'Job', 'Phase', 'fingerprint', 'select_phases', 'run_phases', 'Unfinished']
 
 # %% ../nbs/90a_engine.ipynb #c005
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Phase:
     makes: tuple[str, ...] = ()  # the files that are its result
     sections: tuple[str, ...] = ()  # parts of the config that change its result
     code: tuple[str, ...] = ()  # the modules or packages of surgpose it calls, like pose/train; what they import counts too
-    inputs: Callable[[Job], tuple[Path | None, ...]] = lambda job: ()  # files from outside that it reads
+    inputs: Callable[[Job], tuple[Path | str | None, ...]] = lambda job: ()  # files from outside that it reads, or what tells them apart
     clears: tuple[str, ...] = ()  # what to remove before it runs with other settings than last time
     keeps: tuple[str, ...] = ()  # what it leaves, and looks at itself whether it still holds; never removed, but handed on
     group: str = ""  # a name that selects several phases at once
@@ -65,7 +65,7 @@ def fingerprint(
     config = job.cfg.model_dump(mode="json")
     sections = {s: _without_speed(config[s]) for s in phase.sections}
     needed = {p.name: _results(p, job.out) for p in phases if p.name in phase.needs}
-    inputs = [sha256_file(f) if f is not None and f.is_file() else str(f) for f in phase.inputs(job)]
+    inputs = [sha256_file(f) if isinstance(f, Path) and f.is_file() else str(f) for f in phase.inputs(job)]
     return hash_data([sections, needed, inputs, source_hash(*phase.code)])
 
 # %% ../nbs/90a_engine.ipynb #c011
@@ -110,7 +110,7 @@ def _attempt(phase: Phase, job: Job, entry: dict) -> dict:
     try: entry = {**entry, "numbers": phase.function(job), "status": "ok"}
     except Exception as e:
         message = str(e).strip() or type(e).__name__
-        entry |= {"status": "failed", "error": message.splitlines()[0][:500], "traceback": traceback.format_exc()}
+        entry |= {"status": "failed", "error": message.splitlines()[0][:500], "traceback": traceback.format_exc(), "exit_code": exit_code(e)}
     return {**entry, "seconds": round(time.monotonic() - begun, 1), "ended": utc_now()}
 
 # %% ../nbs/90a_engine.ipynb #c022
@@ -193,6 +193,15 @@ def run_phases(
                 save()
         finally:
             ok = all(record[n]["status"] in ("ok", "fresh") for n in chosen)
-            save(ok=ok, ended=utc_now(), **(_remembered(old, record, job.out) if ok else {}))
-            write_index(job.out)
+            try: save(ok=ok, ended=utc_now(), **(_remembered(old, record, job.out) if ok else {}))
+            finally: write_index(job.out)
     return ok
+
+# %% ../nbs/90a_engine.ipynb #c030
+class Unfinished(RuntimeError):
+    "Not every phase of a run finished."
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(f"not every phase finished; see {out / 'index.html'}")
+        phases = read_json(out / "run.json")["phases"]
+        self.exit_code = max((p.get("exit_code", 1) for p in phases.values()), default=1)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from .flags import Out, Settings, UsageError, Verb, as_usage, read_pair
+from .flags import Out, Settings, UsageError, Verb, Weights, as_usage, read_pair
 
 # %% auto #0
 __all__ = ['Stats', 'Runs', 'Export', 'Merge', 'Report', 'Doctor', 'Docs']
@@ -53,7 +53,7 @@ class Export(Verb):
     Example: surgpose export --format openvino --out model
     """
     format: Literal["onnx", "openvino", "engine"]  # engine is TensorRT's, and wants the GPU it will run on
-    weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
+    weights: Weights = None
     out: Out = None  # folder for the network's files; `export` under PROJ_OUT or reports/ when absent
     imgsz: int | None = None  # image size in px; the training size when absent
     device: str = "cpu"  # cpu, or a GPU's number
@@ -93,10 +93,9 @@ class Report(Verb):
 
     def run(self) -> Path:
         from surgpose.files import read_json
-        from surgpose.report import check_parameters, run_report
-        given = dict(read_pair(text) for text in self.set)
-        as_usage(lambda: check_parameters(self.name, given))
-        page = run_report(self.name, self.place(self.out, "single"), given, timeout_s=self.timeout_s)
+        from surgpose.report import run_report
+        given, out = dict(read_pair(text) for text in self.set), self.place(self.out, "single")
+        page = as_usage(lambda: run_report(self.name, out, given, timeout_s=self.timeout_s))
         stamp = read_json(page.with_suffix(".json"))
         if stamp["status"] != "ok": raise RuntimeError(f"{self.name}: {stamp['error']}; see {page}")
         return page

@@ -5,6 +5,7 @@
 # %% ../nbs/02_files.ipynb #c002
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['PACKAGES', 'MANIFEST', 'atomic_path', 'atomic_write', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
-           'sha256_file', 'hash_data', 'hash_files', 'code_hash', 'versions', 'utc_now', 'write_manifest',
-           'check_manifest', 'lock_folder', 'safe_join']
+__all__ = ['NO_ROOM', 'PACKAGES', 'MANIFEST', 'atomic_path', 'atomic_write', 'exit_code', 'write_json', 'read_json',
+           'append_jsonl', 'read_jsonl', 'sha256_file', 'hash_data', 'hash_files', 'code_hash', 'versions', 'utc_now',
+           'write_manifest', 'check_manifest', 'lock_folder', 'safe_join']
 
 # %% ../nbs/02_files.ipynb #c005
 @contextmanager
@@ -50,6 +51,15 @@ def atomic_write(
     return Path(path)
 
 # %% ../nbs/02_files.ipynb #c010
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+def exit_code(
+    error: BaseException,
+) -> int:  # of the command: what the error itself says, 74 where there was no room, or else 1
+    "Choose the exit code of a failure."
+    return getattr(error, "exit_code", os.EX_IOERR if getattr(error, "errno", None) in NO_ROOM else 1)
+
+# %% ../nbs/02_files.ipynb #c014
 def write_json(
     path: Path | str,
     data: Any,  # JSON-able; paths and numpy numbers are written as strings and numbers
@@ -58,13 +68,13 @@ def write_json(
     "Write JSON, whole or not at all."
     return atomic_write(path, json.dumps(data, indent=indent, default=_plain, allow_nan=False, ensure_ascii=False) + "\n")
 
-# %% ../nbs/02_files.ipynb #c011
+# %% ../nbs/02_files.ipynb #c015
 def _plain(value: Any) -> Any:
     if isinstance(value, Path): return str(value)
     if hasattr(value, "tolist"): return value.tolist()
     raise TypeError(f"write_json: cannot write a {type(value).__name__}")
 
-# %% ../nbs/02_files.ipynb #c012
+# %% ../nbs/02_files.ipynb #c016
 def read_json(
     path: Path | str,
 ) -> Any:  # what the file holds
@@ -76,7 +86,7 @@ def read_json(
         raise ValueError(f"{path} line {e.lineno} column {e.colno}: expected JSON, {e.msg}") from None
     except UnicodeDecodeError as e: raise ValueError(f"{path}: expected JSON in UTF-8, {e.reason} at byte {e.start}") from None
 
-# %% ../nbs/02_files.ipynb #c014
+# %% ../nbs/02_files.ipynb #c018
 def _is_whole(line: bytes) -> bool:
     "Tell whether a last line without an end lacks nothing but that: an editor left the end out, no crash."
     try: return isinstance(json.loads(line), dict)
@@ -94,7 +104,7 @@ def _cut_torn(file: BinaryIO) -> None:
     if _is_whole(data[start:]): file.write(b"\n")
     else: file.truncate(start)
 
-# %% ../nbs/02_files.ipynb #c015
+# %% ../nbs/02_files.ipynb #c019
 def append_jsonl(
     path: Path | str,
     *rows: dict,  # one line each; they go out in one piece
@@ -109,7 +119,7 @@ def append_jsonl(
         f.write(text.encode())
         f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/02_files.ipynb #c016
+# %% ../nbs/02_files.ipynb #c020
 def read_jsonl(
     path: Path | str,
 ) -> list[dict]:  # the rows; empty when there is no such file
@@ -124,14 +134,14 @@ def read_jsonl(
         except ValueError as e: raise ValueError(f"{path} line {number}: expected JSON, {e}") from None
     return rows
 
-# %% ../nbs/02_files.ipynb #c020
+# %% ../nbs/02_files.ipynb #c024
 def sha256_file(
     path: Path | str,
 ) -> str:  # hex digest
     "Hash a file's bytes."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/02_files.ipynb #c021
+# %% ../nbs/02_files.ipynb #c025
 def hash_data(
     data: Any,  # JSON-able
 ) -> str:  # 16 hex digits
@@ -139,14 +149,14 @@ def hash_data(
     text = json.dumps(data, sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/02_files.ipynb #c022
+# %% ../nbs/02_files.ipynb #c026
 def hash_files(
     files: Mapping[str, Path],  # name -> where it lies, in any order
 ) -> str:  # 16 hex digits
     "Hash the names and bytes of some files."
     return hash_data({name: sha256_file(path) for name, path in files.items()})
 
-# %% ../nbs/02_files.ipynb #c023
+# %% ../nbs/02_files.ipynb #c027
 def code_hash(
     root: Path | None = None,  # package folder; surgpose itself when absent
 ) -> str:  # 16 hex digits
@@ -155,10 +165,10 @@ def code_hash(
     files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py")
     return hash_data([(p.relative_to(root).as_posix(), sha256_file(p)) for p in files])
 
-# %% ../nbs/02_files.ipynb #c024
+# %% ../nbs/02_files.ipynb #c028
 PACKAGES = ("surgpose", "numpy", "opencv-python", "bpy", "blenderproc", "torch", "ultralytics", "pycocotools")
 
-# %% ../nbs/02_files.ipynb #c025
+# %% ../nbs/02_files.ipynb #c029
 def versions() -> dict[str, str]:  # package -> version, or "absent"
     "Tell which versions produced a result."
     def of(name: str) -> str:
@@ -166,15 +176,15 @@ def versions() -> dict[str, str]:  # package -> version, or "absent"
         except PackageNotFoundError: return "absent"
     return {name: of(name) for name in PACKAGES}
 
-# %% ../nbs/02_files.ipynb #c026
+# %% ../nbs/02_files.ipynb #c030
 def utc_now() -> str:  # like 2026-11-21T08:30:00+00:00
     "Tell the time in a form that no locale changes."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../nbs/02_files.ipynb #c030
+# %% ../nbs/02_files.ipynb #c034
 MANIFEST = "manifest.json"
 
-# %% ../nbs/02_files.ipynb #c031
+# %% ../nbs/02_files.ipynb #c035
 def write_manifest(
     folder: Path | str,
     facts: dict,  # what made the folder: config, seed, ...
@@ -187,7 +197,7 @@ def write_manifest(
     names = sorted(Path(f).as_posix() for f in files if Path(f).name != MANIFEST)
     return write_json(folder / MANIFEST, {**facts, "versions": versions(), "files": {n: sha256_file(folder / n) for n in names}})
 
-# %% ../nbs/02_files.ipynb #c032
+# %% ../nbs/02_files.ipynb #c036
 def check_manifest(
     folder: Path | str,
 ) -> list[str]:  # one line per file that is missing or differs; empty when all is well
@@ -198,7 +208,7 @@ def check_manifest(
     return missing + [f"{n}: differs from the manifest" for n, digest in expected.items()
                       if (folder / n).is_file() and sha256_file(folder / n) != digest]
 
-# %% ../nbs/02_files.ipynb #c036
+# %% ../nbs/02_files.ipynb #c040
 @contextmanager
 def lock_folder(
     folder: Path | str,
@@ -219,7 +229,7 @@ def lock_folder(
         owner.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/02_files.ipynb #c040
+# %% ../nbs/02_files.ipynb #c044
 def safe_join(
     root: Path | str,  # the folder to stay in
     name: str,  # a relative path from a file we did not write

@@ -16,7 +16,7 @@ from tyro.conf import UseAppendAction, arg
 from .config import output_root
 
 # %% auto #0
-__all__ = ['Out', 'Settings', 'Flat', 'UsageError', 'as_usage', 'read_pair', 'Verb', 'ProfileVerb']
+__all__ = ['Out', 'Settings', 'Flat', 'Seed', 'Device', 'Weights', 'UsageError', 'as_usage', 'read_pair', 'Verb', 'ProfileVerb']
 
 # %% ../nbs/91c_flags.ipynb #c005
 class UsageError(ValueError):
@@ -43,6 +43,9 @@ def read_pair(
 Out = Annotated[Path | None, arg(metavar="DIR")]
 Settings = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", aliases=["-p"], metavar="KEY=VALUE")]
 Flat = arg(name="")  # the fields of a config become flags without a prefix
+Seed = Annotated[int, arg(help="root of all randomness")]
+Device = Annotated[str, arg(help="auto, cpu, a GPU's number, or several like 0,1")]
+Weights = Annotated[Path | None, arg(help="checkpoint of a trained network; the one in data/weights when absent")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import nbformat
 
 # %% auto #0
-__all__ = ['SORT', 'POLICY', 'STYLE', 'FRAME', 'NOTEBOOK', 'INDEX', 'STATES', 'format_number', 'fill_page', 'notebook_page',
-           'thumbnail', 'headlines', 'write_index']
+__all__ = ['SORT', 'POLICY', 'STYLE', 'FRAME', 'NOTEBOOK', 'INDEX', 'STATES', 'BROKEN', 'FILMS', 'format_number', 'fill_page',
+           'notebook_page', 'thumbnail', 'headlines', 'write_index']
 
 # %% ../nbs/91b_page.ipynb #c005
 SORT = """
@@ -28,7 +28,7 @@ for (const table of document.querySelectorAll("table.dataframe")) {
   const body = table.tBodies[0], before = body ? [...body.rows] : [];
   if (before.length < 3 || table.tHead?.rows.length !== 1) continue;
   [...table.tHead.rows[0].cells].forEach((head, column) => {
-    const text = row => row.cells[column].textContent.trim();
+    const text = row => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
     const number = row => parseFloat(text(row).replaceAll(",", ""));
     const missing = row => ["", "-", "n/a", "NaN"].includes(text(row));
     const numeric = before.every(row => missing(row) || !isNaN(number(row)));
@@ -101,7 +101,8 @@ code { font-size: .92em; }
 .plain { display: flex; flex-wrap: wrap; gap: .2em 1.6em; padding: 0; list-style: none; }
 .plain b { font-weight: 600; }
 @media print { main { max-width: none; padding: 0; } .headline, .tile, .card, figure, tr { break-inside:
-  avoid; } a { color: inherit; } }
+  avoid; } a { color: inherit; } .output, pre { overflow: visible; } table { font-size: .8rem; }
+  h2, h3 { break-after: avoid; } thead { display: table-header-group; } }
 """
 
 # %% ../nbs/91b_page.ipynb #c009
@@ -206,16 +207,16 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 <p class="soft">{% for label, value in r.numbers.items() %}{{ label }} {{ value }}{{ "" if loop.last else " · " }}{% endfor %}</p>
 {% if r.status != "ok" %}<p class="state {{ r.css }}">{{ r.word }}: {{ r.error }}</p>{% endif %}</div></a>{% endfor %}</div>
 {% for s in sets %}{% set both = s.rows|rejectattr("after", "none")|list %}
-<h2>{{ "Before and after, " if both else "Measured: " }}{{ s.name }}</h2><table><caption>{{ s.n }} {{ s.unit }}</caption>
-<tr><th>measure</th><th>{{ "before" if both else "value" }}</th>{% if both %}<th>after</th><th>change</th>{% endif %}<th>95 % interval{{ " after" if both }}</th></tr>
+<h2>{{ "Before and after, " if both else "Measured: " }}{{ s.name }}</h2><table class="dataframe"><caption>{{ s.n }} {{ s.unit }}</caption>
+<thead><tr><th>measure</th><th>{{ "before" if both else "value" }}</th>{% if both %}<th>after</th><th>change</th>{% endif %}<th>95 % interval{{ " after" if both }}</th></tr></thead>
 {% for row in s.rows %}<tr><td>{{ row.metric }}</td><td class="number">{{ row.before|number }}</td>{% if both %}
 <td class="number">{{ row.after|number }}</td><td class="number">{{ row.delta|number }}</td>{% endif %}
 <td class="number">{% if row.low is number %}{{ row.low|number }} to {{ row.high|number }}{% endif %}</td></tr>{% endfor %}
 </table>{% endfor %}
-{% if film %}<h2>The video</h2><figure><video controls muted preload="metadata" src="{{ film }}"></video></figure>{% endif %}
-{% if phases %}<h2>Phases</h2><table><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th>{% if before.numbers %}<th>the run before, {{ before.ended[:16]|replace('T', ' ') }}</th>{% endif %}</tr>
+{% if film %}<h2>The video</h2><figure><video controls muted preload="metadata" src="{{ film }}" aria-label="{{ seen }}"></video><figcaption>{{ seen }}</figcaption></figure>{% endif %}
+{% if phases %}<h2>Phases</h2><table class="dataframe"><thead><tr><th>phase</th><th>state</th><th>time</th><th>numbers</th>{% if before.numbers %}<th>the run before, {{ before.ended[:16]|replace('T', ' ') }}</th>{% endif %}</tr></thead>
 {% for name, p in phases.items() %}<tr><td>{{ name }}</td><td><span class="state {{ p.css }}">{{ p.word }}</span></td>
-<td class="number">{{ p.time }}</td><td>{% for label, value in p.numbers.items() %}{{ label }}&nbsp;{{ value|number }}
+<td class="number" data-value="{{ p.seconds or '' }}">{{ p.time }}</td><td>{% for label, value in p.numbers.items() %}{{ label }}&nbsp;{{ value|number }}
 {{ "" if loop.last else " · " }}{% endfor %}{{ p.error }}</td>
 {% if before.numbers %}<td class="soft">{% for label, value in before.numbers.get(name, {}).items() %}{{ label }}&nbsp;{{ value|number }}{{ "" if loop.last else " · " }}{% endfor %}</td>{% endif %}</tr>{% endfor %}</table>{% endif %}
 {% if files %}<h2>Files</h2><ul class="plain">{% for f in files %}<li><a href="{{ f }}">{{ f }}</a></li>{% endfor %}</ul>{% endif %}
@@ -225,13 +226,16 @@ INDEX = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>
 # %% ../nbs/91b_page.ipynb #c030
 STATES = {"ok": ("done", "ok"), "fresh": ("up to date", "ok"), "failed": ("failed", "failed"), "blocked": ("not run", "skipped"),
           "skipped": ("left out", "skipped"), "running": ("did not finish", "failed")}  # state -> word, CSS class
+BROKEN = ("failed", "blocked", "running")  # states of a phase whose result is missing though it was asked for
+FILMS = {"side_by_side.mp4": "The tools found on the video: before the adaptation on the left, after it on the right.",
+         "predictions/overlay.mp4": "The tools found on the video."}  # file -> what it shows; the first that is there is shown
 
 # %% ../nbs/91b_page.ipynb #c031
 def _with_words(entry: dict) -> dict:
     word, css = STATES[entry.get("status", "running")]
     seconds = entry.get("seconds")
     time = "" if not seconds else f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-    return {"numbers": {}, "error": "", "title": entry.get("name"), "verdict": "", "question": "", **entry,
+    return {"numbers": {}, "error": "", "seconds": None, "title": entry.get("name"), "verdict": "", "question": "", **entry,
             "word": word, "css": css, "time": time}
 
 # %% ../nbs/91b_page.ipynb #c032
@@ -264,16 +268,16 @@ def write_index(
     run, compare = (read_json(out / f) if (out / f).is_file() else {} for f in ("run.json", "compare.json"))
     cards, phases = _report_cards(out), {n: _with_words(p) for n, p in run.get("phases", {}).items()}
     entries = phases or {c["name"]: c for c in cards}
-    broken = {n: p for n, p in entries.items() if p["status"] in ("failed", "blocked", "running")}
+    broken = {n: p for n, p in entries.items() if p["status"] in BROKEN}
     files = [f for f in ("config.yaml", "run.json", "compare.json", "predictions/overlay.mp4",
                          "predictions_refined/overlay.mp4", "side_by_side.mp4", "teacher/results.csv") if (out / f).is_file()]
-    films = [f for f in ("side_by_side.mp4", "predictions/overlay.mp4") if f in files and run.get("embed_frames", True)]
+    film = next((f for f in FILMS if f in files and run.get("embed_frames", True)), "")
     done = sum(p["status"] in ("ok", "fresh") for p in entries.values())
     known = {**run, **run.get("versions", {}), **{k: Path(run[k]).name for k in ("video", "truth") if run.get(k)}}
     facts = {k: v for k, v in known.items() if k not in ("phases", "versions", "last", "previous") and v not in (None, "")}
     before = (run.get("previous") if run.get("ok") else run.get("last")) or {}
     page = fill_page(INDEX, title=f"surgpose: {out.name}", subtitle=f"{done} of {len(entries)} phases finished.", broken=broken,
                      verdict=compare.get("verdict", ""), tiles=headlines(out), reports=cards, sets=compare.get("sets", []),
-                     phases=phases, files=files, facts=facts, film=films[0] if films else "",
+                     phases=phases, files=files, facts=facts, film=film, seen=FILMS.get(film, ""),
                      before={"tiles": {}, "numbers": {}, "ended": "", **before})
     return atomic_write(out / "index.html", page)

@@ -18,8 +18,9 @@ from .measure import compare_runs
 from .report import run_report
 
 # %% auto #0
-__all__ = ['PHASES', 'render_phase', 'stats_phase', 'best_weights', 'train_phase', 'evaluate_phase', 'predict_phase',
-           'propose_labels', 'pseudo_phase', 'refine_phase', 'compare_phase', 'report_phase', 'make_job', 'run']
+__all__ = ['PHASES', 'render_phase', 'render_inputs', 'stats_phase', 'best_weights', 'train_phase', 'evaluate_phase',
+           'predict_phase', 'propose_labels', 'pseudo_phase', 'refine_phase', 'compare_phase', 'report_phase',
+           'make_job', 'run']
 
 # %% ../nbs/90_pipeline.ipynb #c005
 def render_phase(job: Job) -> dict[str, Any]:  # headline numbers
@@ -30,25 +31,37 @@ def render_phase(job: Job) -> dict[str, Any]:  # headline numbers
     coco = read_coco(folder / "coco_annotations.json")
     return {"images": len(coco["images"]), "tools": len(coco["annotations"])}
 
-# %% ../nbs/90_pipeline.ipynb #c006
+# %% ../nbs/90_pipeline.ipynb #c007
+def _within(folder: Path | None) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")) if folder else []
+
+def render_inputs(job: Job) -> tuple[Path | str, ...]:  # nothing where Blender's own worlds and parametric tools are drawn
+    "List the files behind a render."
+    cfg = job.cfg.render
+    large = [(d, p) for d in (cfg.distractors_dir, cfg.hdri_dir, cfg.backgrounds_dir) for p in _within(d)]
+    exact = [(d, p) for d in (cfg.models_dir, cfg.kps_dir) for p in _within(d)]
+    return (*([cfg.camera_json] if cfg.camera_json else []), *(p for _, p in exact),
+            *(p.relative_to(d).as_posix() for d, p in exact), *(f"{p.relative_to(d)} {p.stat().st_size}" for d, p in large))
+
+# %% ../nbs/90_pipeline.ipynb #c008
 def stats_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Count what the images hold, and compare it with what was asked for."
     from surgpose.synth.statistics import write_stats
     shares = read_json(write_stats(job.out / "synthetic", job.out / "stats"))["keypoints"]
     return {"keypoints seen": shares["seen"], "hidden": shares["hidden"]}
 
-# %% ../nbs/90_pipeline.ipynb #c008
+# %% ../nbs/90_pipeline.ipynb #c010
 def best_weights(
     run: Path,  # run folder of a trained network
 ) -> Path:
     "Name a run's best weights."
     return run / "weights" / "best.pt"
 
-# %% ../nbs/90_pipeline.ipynb #c009
+# %% ../nbs/90_pipeline.ipynb #c011
 def _networks(job: Job) -> list[tuple[Path, TrainConfig]]:
     return [(job.out / "teacher", job.cfg.train), *((job.out / "also" / t.model, t) for t in job.cfg.also_train)]
 
-# %% ../nbs/90_pipeline.ipynb #c010
+# %% ../nbs/90_pipeline.ipynb #c012
 def train_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Train the teacher, and the further networks of the profile."
     from surgpose.pose.train import train
@@ -56,12 +69,12 @@ def train_phase(job: Job) -> dict[str, Any]:  # headline numbers
     best = read_json(job.out / "teacher" / "provenance.json")["best_epoch"]
     return {"epochs": job.cfg.train.epochs, "px": job.cfg.train.imgsz, "best epoch": best}
 
-# %% ../nbs/90_pipeline.ipynb #c011
+# %% ../nbs/90_pipeline.ipynb #c013
 def _starting_weights(job: Job) -> tuple[Path | None, ...]:
     from surgpose.pose.model import find_weights
     return tuple(find_weights(t.weights_init, t.model) for _, t in _networks(job))
 
-# %% ../nbs/90_pipeline.ipynb #c012
+# %% ../nbs/90_pipeline.ipynb #c014
 def evaluate_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Score every trained network on the validation images."
     from surgpose.pose.evaluate import evaluate
@@ -69,7 +82,7 @@ def evaluate_phase(job: Job) -> dict[str, Any]:  # headline numbers
              for out, _ in _networks(job)][0]
     return {"AP": found["strict"]["AP"], "AP50": found["strict"]["AP50"], "box AP50": found["box"]["AP50"]}
 
-# %% ../nbs/90_pipeline.ipynb #c013
+# %% ../nbs/90_pipeline.ipynb #c015
 def predict_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Predict the video with the teacher."
     from surgpose.pose.predict import predict, read_predictions
@@ -78,7 +91,7 @@ def predict_phase(job: Job) -> dict[str, Any]:  # headline numbers
     found = read_predictions(out / "predictions.json")
     return {"frames": len(found), "tools per frame": sum(len(p) for _, p in found) / max(1, len(found))}
 
-# %% ../nbs/90_pipeline.ipynb #c015
+# %% ../nbs/90_pipeline.ipynb #c017
 def propose_labels(
     video: Path,
     weights: Path | None,  # checkpoint of the teacher; the one in data/weights when absent
@@ -115,14 +128,14 @@ def propose_labels(
     write_json(out / "counts.json", counted)
     return counted
 
-# %% ../nbs/90_pipeline.ipynb #c016
+# %% ../nbs/90_pipeline.ipynb #c018
 def pseudo_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Propose labels on the video."
     found = propose_labels(job.video, best_weights(job.out / "teacher"), job.out / "pseudo", job.cfg.pseudo,
                            job.cfg.track, base=job.cfg.predict, device=job.cfg.device)
     return {"frames": found["frames"], "frames kept": found["frames_kept"], "labels": found["labels"]}
 
-# %% ../nbs/90_pipeline.ipynb #c017
+# %% ../nbs/90_pipeline.ipynb #c019
 def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Adapt the teacher to the video, in one round or several."
     from surgpose.adapt.rounds import refine_rounds
@@ -136,7 +149,7 @@ def refine_phase(job: Job) -> dict[str, Any]:  # headline numbers
     facts = read_json(out / "refine.json")
     return {"kept": facts["kept"], "rounds": len(facts["rounds"])}
 
-# %% ../nbs/90_pipeline.ipynb #c019
+# %% ../nbs/90_pipeline.ipynb #c021
 def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
     "Measure before and after, on rendered images and on the video."
     found = compare_runs(job.out / "teacher", job.out / "refined", job.out, job.cfg.evaluate, predict=job.cfg.predict,
@@ -145,19 +158,18 @@ def compare_phase(job: Job) -> dict[str, Any]:  # headline numbers
     return {f"change on {name}": row["delta"] for name, row in firsts if row["delta"] is not None} or {
         f"{row['metric']} on {name}": row["before"] for name, row in firsts}
 
-# %% ../nbs/90_pipeline.ipynb #c020
+# %% ../nbs/90_pipeline.ipynb #c022
 def report_phase(
     job: Job,
     name: str,  # like 10_render
 ) -> dict[str, Any]:  # headline numbers
     "Run a report on this run."
-    page = run_report(name, job.out, dict(run_dir=str(job.out)), timeout_s=job.cfg.report.timeout_s,
-                      embed_frames=job.cfg.report.embed_frames)
+    page = run_report(name, job.out, dict(run_dir=str(job.out)), timeout_s=job.cfg.report.timeout_s)
     stamp = read_json(page.with_suffix(".json"))
     if stamp["status"] != "ok": raise RuntimeError(f"{stamp['error']}; see {page.name}")
     return stamp["numbers"]
 
-# %% ../nbs/90_pipeline.ipynb #c021
+# %% ../nbs/90_pipeline.ipynb #c023
 def _decisions(job: Job) -> Path:
     return job.out / "pseudo" / "decisions.jsonl"
 
@@ -165,17 +177,17 @@ def _report_inputs(job: Job, name: str) -> tuple[Path, ...]:
     notebook = project_root() / "nbs" / "reports" / f"{name}.ipynb"
     return (notebook, _decisions(job)) if name == "40_review" else (notebook,)
 
-# %% ../nbs/90_pipeline.ipynb #c022
+# %% ../nbs/90_pipeline.ipynb #c024
 def _report(name: str, *needs: str) -> Phase:
     code = ("data", "pose", "adapt", "synth", "report", "page")
     return Phase(name, partial(report_phase, name=name), needs=needs, makes=(f"{name}.html",), sections=("report",),
                  code=code, inputs=partial(_report_inputs, name=name), group="reports")
 
-# %% ../nbs/90_pipeline.ipynb #c024
+# %% ../nbs/90_pipeline.ipynb #c026
 _PROPOSE = ("adapt/augment", "adapt/frames", "adapt/paths", "adapt/pseudo", "adapt/refine", "adapt/review", "adapt/track", "pose/predict")
 PHASES: tuple[Phase, ...] = (
     Phase("render", render_phase, makes=("synthetic/manifest.json", "synthetic/coco_annotations.json"),
-          sections=("render", "seed"), code=("synth/render", "synth/blender"), clears=("synthetic",)),
+          sections=("render", "seed"), inputs=render_inputs, code=("synth/render", "synth/blender"), clears=("synthetic",)),
     Phase("stats", stats_phase, needs=("render",), makes=("stats/stats.json",), code=("synth/statistics",)),
     Phase("train", train_phase, needs=("render",), makes=("teacher/weights/best.pt", "teacher/provenance.json"),
           sections=("train", "also_train", "seed"), inputs=_starting_weights, clears=("teacher", "also"), code=("pose/train",)),
@@ -197,7 +209,7 @@ PHASES: tuple[Phase, ...] = (
     _report("30_train", "train", "evaluate", "predict"), _report("40_review", "pseudo"),
     _report("50_refine", "refine", "compare"))
 
-# %% ../nbs/90_pipeline.ipynb #c028
+# %% ../nbs/90_pipeline.ipynb #c030
 def make_job(
     cfg: RunConfig,
     out: Path | str,  # run folder
@@ -222,7 +234,7 @@ def make_job(
     resolve_device(cfg.device)
     return Job(cfg, Path(out).resolve(), video.resolve(), truth.resolve() if truth else None)
 
-# %% ../nbs/90_pipeline.ipynb #c029
+# %% ../nbs/90_pipeline.ipynb #c031
 def run(
     cfg: RunConfig,
     out: Path | str,  # run folder; an existing one is continued

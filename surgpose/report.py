@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,9 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from .config import project_root
+from .config import project_root, read_value, read_yaml
 from .files import atomic_write, code_hash, hash_data, read_json, sha256_file, utc_now, versions, write_json
 from .page import format_number as format_number, notebook_page, write_index as write_index
 
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['HEADLINE', 'TYPES', 'Run', 'open_run', 'headline', 'verdict', 'provenance', 'Parameter', 'read_parameters',
-           'parse_parameters', 'report_names', 'check_parameters', 'run_report']
+__all__ = ['HEADLINE', 'TYPES', 'NO_WIDGETS', 'Run', 'open_run', 'headline', 'verdict', 'provenance', 'Parameter',
+           'read_parameters', 'parse_parameters', 'report_names', 'may_show_frames', 'run_report']
 
 # %% ../nbs/91_report.ipynb #c005
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def provenance(
     "List what a report's numbers were made from."
     import pandas as pd
     config = next((p / "config.yaml" for p in (run.root, run.teacher) if (p / "config.yaml").is_file()), None)
-    facts = {"run": run.root.name, "config": hash_data(yaml.safe_load(config.read_text())) if config else None,
+    facts = {"run": run.root.name, "config": hash_data(read_yaml(config)) if config else None,
              "synthetic data": _file_hash(run.synthetic / "manifest.json"), "weights": _weights_hash(run.teacher),
              "refined weights": _weights_hash(run.refined), "code": code_hash()}
     rows = {**facts, **{f"{k} (version)": v for k, v in versions().items()}, **more}
@@ -169,7 +168,7 @@ def parse_parameters(
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(declared) or 'none'}"
             raise ValueError(f"{where}: unknown parameter {name!r}{hint}")
         kind = declared[name].kind
-        plain = yaml.safe_load(value) if isinstance(value, str) and not kind.startswith("str") else value
+        plain = read_value(value, f"{where}: parameter {name}") if isinstance(value, str) and not kind.startswith("str") else value
         try: parsed[name] = TypeAdapter(TYPES[kind]).validate_python(plain)
         except ValidationError as e:
             why = e.errors()[0]["msg"]
@@ -193,80 +192,89 @@ def _find_report(name: str, folder: Path | None) -> Path:
     raise ValueError(f"report: expected one of {', '.join(names) or 'none'}, got {name!r}{hint}")
 
 # %% ../nbs/91_report.ipynb #c034
-def check_parameters(
-    name: str,  # like 10_render
-    given: dict[str, Any],  # name -> value or its text
-    folder: Path | None = None,  # where the report notebooks are; nbs/reports when absent
-) -> dict[str, Any]:  # only what was given, with the declared types
-    "Say what is wrong with a report's name or parameters before anything runs."
-    return parse_parameters(read_parameters(_find_report(name, folder)), given, name)
+NO_WIDGETS = "__import__('os').environ.update(SURGPOSE_BATCH='1')"  # what the kernel runs before the notebook
 
-# %% ../nbs/91_report.ipynb #c035
-def _execute(source: Path, target: Path, values: dict, timeout_s: float) -> str:
+def _execute(source: Path, target: Path, values: dict, timeout_s: float, progress: bool) -> str:
     import papermill
     from traitlets.config import Config
+    bar = dict(desc=source.stem, file=sys.stderr, delay=2, dynamic_ncols=True) if progress else False
     with tempfile.TemporaryDirectory(prefix="surgpose-") as d:  # sockets of its own: two runs at a time never meet
         transport = "ipc" if len(d) < 60 else "tcp"  # off the network, but a socket's path is short
         kernel = dict(transport=transport, connection_file=f"{d}/kernel.json")
         try:  # the timeout is per cell
             papermill.execute_notebook(
-                str(source), str(target), values, kernel_name="python3", progress_bar=False, cwd=str(project_root()),
+                str(source), str(target), values, kernel_name="python3", progress_bar=bar, cwd=str(project_root()),
                 execution_timeout=max(1, math.ceil(timeout_s)), start_timeout=120,
                 iopub_timeout=60,  # on a busy machine outputs come late, and after this time they are dropped
-                extra_arguments=["--IPKernelApp.log_level=50"], config=Config(KernelManager=kernel))
+                extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={NO_WIDGETS}"],
+                config=Config(KernelManager=kernel))
         except papermill.PapermillExecutionError as e: return f"cell {e.exec_count}: {e.ename}: {e.evalue}"
         except Exception as e: return f"{type(e).__name__}: {e}"  # a dead kernel, or a timeout
     return ""
 
-# %% ../nbs/91_report.ipynb #c036
+# %% ../nbs/91_report.ipynb #c035
 def _executed(target: Path, source: Path) -> nbformat.NotebookNode:
     import nbformat
     nb = nbformat.read(target if target.is_file() else source, 4)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     return nb
 
-# %% ../nbs/91_report.ipynb #c037
+# %% ../nbs/91_report.ipynb #c036
 def _headline_of(nb: nbformat.NotebookNode) -> dict:
     found = (o["data"][HEADLINE] for c in nb.cells for o in c.get("outputs", []) if HEADLINE in o.get("data", {}))
     first = next(found, dict(question="", verdict="", numbers=[]))
     return {**first, "numbers": dict(first["numbers"])}
 
-# %% ../nbs/91_report.ipynb #c038
+# %% ../nbs/91_report.ipynb #c037
 def _title_of(nb: nbformat.NotebookNode, name: str) -> str:
     lines = [line for c in nb.cells if c.cell_type == "markdown" for line in c.source.splitlines()]
     return next((line[2:].strip() for line in lines if line.startswith("# ")), name)
 
 # %% ../nbs/91_report.ipynb #c039
+def may_show_frames(
+    run_dir: str | Path,  # folder of a run; "" is the sample
+) -> bool:  # a folder that says nothing may
+    "Tell whether reports may show frames of a run's video: neither its record nor its config says no."
+    if not str(run_dir): return True
+    record, config = Path(run_dir) / "run.json", Path(run_dir) / "config.yaml"
+    told = read_json(record) if record.is_file() else {}
+    asked = (read_yaml(config) or {}).get("report", {}) if config.is_file() else {}
+    return bool(told.get("embed_frames", True) and asked.get("embed_frames", True))
+
+# %% ../nbs/91_report.ipynb #c042
 def run_report(
     name: str,  # like 10_render
     out: Path | str,  # folder for NAME.ipynb, NAME.html and NAME.json
     parameters: dict[str, Any] | None = None,  # name -> value or its text
     *,
     timeout_s: float = 3600.0,  # seconds one cell may take
-    embed_frames: bool = True,  # may frames of the user's video be shown
     folder: Path | None = None,  # where the report notebooks are; nbs/reports when absent
+    progress: bool = True,  # show a bar
 ) -> Path:  # the HTML page; NAME.json beside it tells whether the notebook got through
     "Execute a report and write notebook, page and stamp, also when it fails."
     source, out = _find_report(name, folder), Path(out).resolve()
-    declared = read_parameters(source)
-    given = {**(dict(embed_frames=embed_frames) if "embed_frames" in declared else {}), **(parameters or {})}
+    declared, given = read_parameters(source), dict(parameters or {})
     if given.get("run_dir"): given["run_dir"] = str(Path(given["run_dir"]).resolve())
-    values = check_parameters(name, given, folder)
+    if "embed_frames" in declared: given.setdefault("embed_frames", may_show_frames(given.get("run_dir", "")))
+    wrong = None
+    try: values = parse_parameters(declared, given, name)
+    except ValueError as e: wrong, values = e, {n: str(v) for n, v in given.items()}
     book, page, stamp = (out / f"{name}.{kind}" for kind in ("ipynb", "html", "json"))
     for old in (book, page, stamp): old.unlink(missing_ok=True)
     facts = dict(name=name, status="running", error="", parameters=values, notebook_sha256=sha256_file(source),
                  code=code_hash(), versions=versions(), started=utc_now())
     write_json(stamp, facts)
     start = time.monotonic()
-    error = _execute(source, book, values, timeout_s)
+    error = str(wrong) if wrong else _execute(source, book, values, timeout_s, progress)
     nb = _executed(book, source)
     facts.update(title=_title_of(nb, name), status="failed" if error else "ok", error=error.split("\n")[0][:500],
                  seconds=round(time.monotonic() - start, 1), ended=utc_now(), **_headline_of(nb))
     atomic_write(page, notebook_page(nb, title=facts["title"], banner=error, facts=_page_facts(facts, declared)))
     write_json(stamp, facts)
+    if wrong: raise wrong
     return page
 
-# %% ../nbs/91_report.ipynb #c040
+# %% ../nbs/91_report.ipynb #c043
 def _page_facts(facts: dict, declared: dict[str, Parameter]) -> dict[str, str]:
     used = {n: facts["parameters"].get(n, p.default) for n, p in declared.items()}
     shown = ", ".join(f"{n} = {Path(v).name if n == 'run_dir' and v else v!r}" for n, v in used.items())

@@ -16,10 +16,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from surgpose.cli import parse_verb
-from surgpose.config import override, profile, project_root
+from surgpose.config import config_yaml, override, profile, project_root
 from surgpose.engine import Job, Phase, run_phases
-from surgpose.files import read_json, write_json
-from surgpose.report import check_parameters, open_run, read_parameters, run_report, write_index
+from surgpose.files import atomic_write, read_json, write_json
+from surgpose.report import open_run, parse_parameters, read_parameters, run_report, write_index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PARAMETERS = """run_dir: str = ""  # folder of a run
@@ -69,13 +69,19 @@ def test_values_become_what_the_report_declares(tmp_path):
         (dict(limti=3), "did you mean 'limit'"),  # unknown
         (dict(limit="many"), "expected int, got 'many'"),  # of another type
         (dict(fast="perhaps"), "expected bool"),
+        (dict(limit="["), "expected a YAML value"),
     ],
 )
-def test_bad_parameters_are_refused_before_anything_runs(tmp_path, given, told):
-    folder = make_report(tmp_path / "nbs", "print('hello')")
+def test_bad_parameters_run_nothing_and_leave_a_page_that_says_why(tmp_path, given, told):
+    folder = make_report(tmp_path / "nbs", "open('ran', 'w')", "print('hello')")
     with pytest.raises(ValueError, match=told):
         run_report("demo", tmp_path / "out", given, folder=folder)
-    assert not (tmp_path / "out").exists()
+    page, stamp = (tmp_path / "out" / f"demo.{kind}" for kind in ("html", "json"))
+    text = html.unescape(page.read_text())
+    assert "This report failed" in text and told in text and "<pre>hello" not in text
+    stamp = read_json(stamp)
+    assert stamp["status"] == "failed" and told in stamp["error"] and stamp["ended"]
+    assert not (tmp_path / "out" / "demo.ipynb").exists(), "nothing was executed"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +141,7 @@ def test_pages_stand_alone(tmp_path):
         f"import base64; display(Image(base64.b64decode('{dot}'), alt='a dot'))",
         "display(HTML('<b>bold</b><script src=\"https://evil.example/x.js\"></script>'))",
         "import ipywidgets; display(ipywidgets.Button(description='press'))",
+        "from surgpose.browse import ToolView; ToolView('tweezers', width=240, height=120)",
         "from surgpose.report import headline",
         "headline({'<img src=x>': '<script>'}, question='Q & A?', verdict='<i>yes</i>')",
         "secret = 'hidden input'",
@@ -149,6 +156,8 @@ def test_pages_stand_alone(tmp_path):
     assert "&lt;script&gt;" in page and "Q &amp; A?" in page and "<i>yes" not in page, "texts are escaped"
     assert "Content-Security-Policy" in page and "default-src 'none'" in html.unescape(page)
     assert "widget-view" not in page and "widget-state" not in page
+    assert re.search(r'<img\b[^>]*alt="A pair of tweezers opened by', page), "a sheet in a widget's place"
+    assert (tmp_path / "out" / "demo.ipynb").read_text().count("widget-view") == 1  # the button has no sheet
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium; Debian: apt-get install chromium")
@@ -177,29 +186,44 @@ def test_a_click_sorts_a_table_and_no_other_script_runs(tmp_path):
         assert column() == "abcd"
         tab.locator("#trap").click()
         assert tab.title() == "Demo"
+        seconds = dict(render=31.0, train=120.0, predict=5.0)
+        phases = {n: dict(status="ok", seconds=s, numbers={}) for n, s in seconds.items()}
+        write_json(tmp_path / "run.json", dict(phases=phases))
+        tab.goto(write_index(tmp_path).as_uri())
+        tab.get_by_text("time", exact=True).click()
+        assert "".join(tab.locator("tbody tr td:first-child").all_inner_texts()) == "predictrendertrain"
         browser.close()
 
 
 def test_frames_of_patients_stay_out_unless_asked_for(tmp_path):
+    "What the run was told rules, whoever makes a page of it later."
     parameters = PARAMETERS + "\nembed_frames: bool = True  # show frames of the video"
     folder = make_report(
         tmp_path / "nbs", "print('frames' if embed_frames else 'no frames')", parameters=parameters
     )
-    for wanted, said in ((True, "<pre>frames"), (False, "<pre>no frames")):
-        assert said in run_report("demo", tmp_path / "out", folder=folder, embed_frames=wanted).read_text()
+    for told, given, said in (
+        (False, {}, "<pre>no frames"),
+        (False, dict(embed_frames="true"), "<pre>frames"),
+        (True, {}, "<pre>frames"),
+    ):
+        write_json(tmp_path / "run" / "run.json", dict(embed_frames=told))
+        given = dict(run_dir=str(tmp_path / "run"), **given)
+        assert said in run_report("demo", tmp_path / "out", given, folder=folder).read_text()
 
 
 def test_every_report_with_real_pictures_can_do_without(tmp_path):
     "What 30_train shows of real footage stays out, and its advice can be typed as it stands."
     for name in ("30_train", "40_review", "50_refine"):
-        assert check_parameters(name, dict(embed_frames="false")) == dict(embed_frames=False)
+        declared = read_parameters(project_root() / "nbs" / "reports" / f"{name}.ipynb")
+        assert parse_parameters(declared, dict(embed_frames="false")) == dict(embed_frames=False)
     sample, run = project_root() / "data" / "sample", tmp_path / "a run"
     shutil.copytree(sample / "render", run / "synthetic")
     shutil.copytree(sample / "run", run / "teacher")
     for path in (run / "teacher" / "metrics.json", *(run / "teacher" / "evaluations").glob("*.json")):
         write_json(path, {k: v for k, v in read_json(path).items() if k != "sizes"})
     shutil.copyfile(project_root() / "data/pictures/video.jpg", run / "teacher/evaluations/real_suture.jpg")
-    page = run_report("30_train", tmp_path, dict(run_dir=str(run), worst=1), embed_frames=False)
+    atomic_write(run / "config.yaml", config_yaml(override(profile("demo"), ["report.embed_frames=false"])))
+    page = run_report("30_train", tmp_path, dict(run_dir=str(run), worst=1))
     assert read_json(page.with_suffix(".json"))["status"] == "ok"
     text = html.unescape(page.read_text())
     assert "Worst of" not in text
@@ -239,7 +263,9 @@ def test_the_index_of_a_run_without_frames_shows_no_film(tmp_path):
     (tmp_path / "side_by_side.mp4").write_bytes(b"film")
     for shown in (True, False):
         write_json(tmp_path / "run.json", dict(embed_frames=shown, phases={}))
-        assert ("<video" in write_index(tmp_path).read_text()) == shown
+        index = write_index(tmp_path).read_text()
+        for text in ("<video", "<figcaption>", 'aria-label="The tools found'):
+            assert (text in index) == shown
     cfg = override(profile("demo"), ["report.embed_frames=false"])
     assert run_phases([Phase("look", lambda job: {})], Job(cfg, tmp_path / "run"))
     assert read_json(tmp_path / "run" / "run.json")["embed_frames"] is False
