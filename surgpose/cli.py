@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from . import __version__
 from .config import PROFILES, RunConfig, Section, from_environment, profile
+from .files import exit_code
 from .verbs import VERBS, UsageError, Verb, as_usage
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 # %% auto #0
-__all__ = ['read_pairs', 'flag_rules', 'long_names', 'parse_verb', 'usage', 'stdout_kept_clean', 'main']
+__all__ = ['STOPS', 'read_pairs', 'flag_rules', 'long_names', 'parse_verb', 'usage', 'stdout_kept_clean', 'heed_signals', 'main']
 
 # %% ../nbs/92_cli.ipynb #c005
 def read_pairs(
@@ -107,11 +108,21 @@ def stdout_kept_clean() -> Iterator[None]:
         sys.stdout = old
         if kept is not None: os.dup2(kept, 1); os.close(kept)
 
-# %% ../nbs/92_cli.ipynb #c022
-def _terminated(number: int, frame: Any) -> None:
+# %% ../nbs/92_cli.ipynb #c023
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+def _stop(number: int, frame: Any) -> None:
+    for other in STOPS: signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+    if number == signal.SIGINT: raise KeyboardInterrupt
+    if number == signal.SIGHUP: os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # writing to a terminal that has gone is an error
     raise SystemExit(128 + number)
 
-# %% ../nbs/92_cli.ipynb #c023
+def heed_signals() -> None:
+    "Let the first signal end the program in order, and a second Ctrl-C at once."
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, _stop)
+
+# %% ../nbs/92_cli.ipynb #c024
 def _fail(name: str, error: BaseException, code: int, debug: bool) -> int:
     if debug:
         import traceback
@@ -120,7 +131,7 @@ def _fail(name: str, error: BaseException, code: int, debug: bool) -> int:
     if not debug: print(f"surgpose {name}: {text}", file=sys.stderr)
     return code
 
-# %% ../nbs/92_cli.ipynb #c024
+# %% ../nbs/92_cli.ipynb #c025
 def main(
     argv: Sequence[str] | None = None,  # the command line without the program's name; sys.argv when absent
 ) -> int:  # exit code
@@ -131,13 +142,13 @@ def main(
     name, debug = args[0], "--debug" in args or bool(os.environ.get("SURGPOSE_DEBUG"))
     if name not in VERBS: return _fail(name, UsageError(f"expected one of {', '.join(VERBS)}"), 2, False)
     warnings.formatwarning = lambda message, *_, **__: f"surgpose {name}: {message}\n"
-    if argv is None: signal.signal(signal.SIGTERM, _terminated)
+    if argv is None: heed_signals()
     try:
         verb = parse_verb(name, args[1:])
         with stdout_kept_clean(): result = verb.run()
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 2
     except UsageError as e: return _fail(name, e, 2, debug)
-    except (ValueError, OSError, RuntimeError) as e: return _fail(name, e, getattr(e, "exit_code", 1), debug)
+    except (ValueError, OSError, RuntimeError) as e: return _fail(name, e, exit_code(e), debug)
     except KeyboardInterrupt:
         print(f"surgpose {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .config import RunConfig, override, read_yaml
 from .engine import Job, Phase, fingerprint
 from .files import atomic_write, lock_folder, read_json, utc_now, versions, write_json
-from .page import fill_page
+from .page import BROKEN, fill_page
 from .pipeline import PHASES, make_job, run
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def sweep_row(
 ) -> dict[str, Any]:  # one line of the table
     "Say how a run ended."
     phases = _finished(out)
-    wrong = next((f"{n}: {p.get('error') or p['status']}" for n, p in phases.items() if p["status"] in ("failed", "running")), "")
+    wrong = next((f"{n}: {p.get('error') or p['status']}" for n, p in phases.items() if p["status"] in BROKEN), "")
     done = [p for p in phases.values() if p["status"] in ("ok", "fresh")]
     error = error or wrong or ("" if done else "not run yet")
     numbers = {k: v for n in TELLING for k, v in phases.get(n, {}).get("numbers", {}).items()}
@@ -141,7 +141,7 @@ def sweep_means(
 
 # %% ../nbs/90c_sweep.ipynb #c022
 PAGE = """{% extends "frame" %}{% block main %}<h1>{{ title }}</h1><blockquote>{{ said }}</blockquote>
-{% for caption, table in tables %}<h2>{{ caption }}</h2><table><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for caption, table in tables %}<h2>{{ caption }}</h2><table class="dataframe"><thead><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 {% for row in table.to_dict("records") %}<tr>{% for name, value in row.items() %}<td{% if value is number %} class="number"{% endif %}>
 {% if name == "run" %}<a href="{{ value }}/index.html">{{ value }}</a>{% else %}{{ value|number }}{% endif %}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endfor %}<ul class="plain soft">{% for k, v in facts.items() %}<li><b>{{ k }}</b> {{ v }}</li>{% endfor %}</ul>{% endblock %}"""

@@ -5,6 +5,7 @@
 # %% ../nbs/91a_verbs.ipynb #c002
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from tyro.conf import Positional, arg
 from .config import (EvaluateConfig, PredictConfig, PseudoConfig, RefineConfig, RenderConfig, RunConfig, TrackConfig,
                              TrainConfig, from_environment, load_config, override, profile, videos_from_environment)
 from .errands import Docs, Doctor, Export, Merge, Report, Runs, Stats
-from .flags import Flat, Out, ProfileVerb, Settings, Verb, as_usage
+from .flags import Device, Flat, Out, ProfileVerb, Seed, Settings, Verb, Weights, as_usage
 from .flags import UsageError as UsageError
 
 # %% auto #0
@@ -35,7 +36,7 @@ class Render(ProfileVerb):
     render: Annotated[RenderConfig, Flat] = RenderConfig()
     out: Out = None  # dataset folder to make or to continue; `synthetic` under PROJ_OUT or reports/ when absent
     bop: Out = None  # folder for the same dataset in BOP layout; none when absent
-    seed: int = 0  # root of all randomness
+    seed: Seed = 0
     device: str = "auto"  # auto, cpu, gpu (the first, through OptiX or else CUDA), a GPU's number, or several like 0,1
     short: ClassVar[dict[str, str]] = {"--models": "--models-dir", "--backgrounds": "--backgrounds-dir",
                                        "--hdris": "--hdri-dir", "--camera": "--camera-json"}
@@ -58,8 +59,8 @@ class Train(ProfileVerb):
     data: Path  # dataset folder, or a data.yaml
     train: Annotated[TrainConfig, Flat] = TrainConfig()
     out: Out = None  # run folder to make or to continue; `teacher` under PROJ_OUT or reports/ when absent
-    seed: int = 0  # root of all randomness
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    seed: Seed = 0
+    device: Device = "auto"
 
     def run(self) -> Path:
         from surgpose.pose.train import train
@@ -98,9 +99,9 @@ class Predict(ProfileVerb):
     """
     source: Positional[Path]  # image, folder of images, video, or a webcam's number, which runs until Ctrl-C
     predict: Annotated[PredictConfig, Flat] = PredictConfig()
-    weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
+    weights: Weights = None
     out: Out = None  # folder for predictions.json, .csv and overlay; `predictions` under PROJ_OUT or reports/ when absent
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    device: Device = "auto"
 
     def run(self) -> Path:
         from surgpose.pose.predict import predict
@@ -119,7 +120,7 @@ class Pseudo(ProfileVerb):
     track: Annotated[TrackConfig, Flat] = TrackConfig()
     weights: Path | None = None  # checkpoint of the teacher; the one in data/weights when absent
     out: Out = None  # folder to fill; `pseudo` under PROJ_OUT or reports/ when absent
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    device: Device = "auto"
 
     def run(self) -> Path:
         from surgpose.pipeline import propose_labels
@@ -141,8 +142,8 @@ class Refine(ProfileVerb):
     train: Annotated[TrainConfig, arg(name="train")] = TrainConfig()  # the teacher's recipe
     target: Path | None = None  # labelled frames of the target domain that judge too: a dataset folder, COCO file, or labelled video
     out: Out = None  # run folder; `refined` under PROJ_OUT or reports/ when absent
-    seed: int = 0  # root of all randomness
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    seed: Seed = 0
+    device: Device = "auto"
 
     def run(self) -> Path:
         from surgpose.adapt.refine import refine
@@ -154,7 +155,7 @@ class Refine(ProfileVerb):
 # %% ../nbs/91a_verbs.ipynb #c012
 @dataclass(frozen=True, kw_only=True)
 class Compare(ProfileVerb):
-    """Compare two networks on rendered images and on a video, labelled or not.
+    """Compare two networks on rendered images and on a video, labelled or not; writes a table and figures of each.
 
     Example: surgpose compare --before runs/first --after runs/second --data data/mine --video clip.mp4 --out compare
     """
@@ -164,14 +165,16 @@ class Compare(ProfileVerb):
     video: Path | None = None  # video that neither was trained on
     truth: Path | None = None  # its labels, COCO JSON or CVAT XML; found beside the video when absent
     evaluate: Annotated[EvaluateConfig, Flat] = EvaluateConfig()
-    out: Out = None  # folder for compare.json; `compare` under PROJ_OUT or reports/ when absent
+    out: Out = None  # folder for compare.json, tables and figures; `compare` under PROJ_OUT or reports/ when absent
     device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
 
     def run(self) -> Path:
         from surgpose.measure import compare_runs
+        from surgpose.pose.compare import write_sets
         out, same = self.place(self.out, "compare"), self.evaluate.model_dump(include={"imgsz", "iou", "max_det", "same_tool"})
-        compare_runs(self.before, self.after, out, self.evaluate, predict=PredictConfig(**same), data=self.data,
-                     video=self.video, truth=self.truth, device=self.device)
+        found = compare_runs(self.before, self.after, out, self.evaluate, predict=PredictConfig(**same), data=self.data,
+                             video=self.video, truth=self.truth, device=self.device)
+        print(found["verdict"], write_sets(found["sets"], out), sep="\n\n", file=sys.stderr)
         return out / "compare.json"
 
 # %% ../nbs/91a_verbs.ipynb #c014
@@ -215,6 +218,7 @@ class Run(ProfileVerb):
         return override(from_environment(base), [*(f"{k}={v!r}" for k, v in extra.items()), *self.set])
 
     def run(self) -> Path:
+        from surgpose.engine import Unfinished
         from surgpose.pipeline import PHASES, run, select_phases
         cfg = as_usage(self.configure)
         as_usage(lambda: select_phases(PHASES, self.only, self.start))
@@ -223,7 +227,7 @@ class Run(ProfileVerb):
         if self.matrix is not None: return self._sweep(cfg, given)
         if self.scheduler: cfg = override(cfg, [f"render.scheduler={self.scheduler}"])
         out = self.place(self.out, cfg.profile)
-        if not run(cfg, out, **given): raise RuntimeError(f"not every phase finished; see {out / 'index.html'}")
+        if not run(cfg, out, **given): raise Unfinished(out)
         return out / "index.html"
 
     def _sweep(self, cfg: RunConfig, given: dict) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
 import os
 import random
@@ -27,7 +28,7 @@ import psutil
 import pytest
 from conftest import film_scripted
 
-from surgpose import measure, sources
+from surgpose import engine, measure, sources
 from surgpose.adapt.pseudo import candidates, read_candidates, write_candidates
 from surgpose.adapt.review import ReviewState, review_items
 from surgpose.adapt.scripted import scripted_clip
@@ -59,7 +60,7 @@ from pathlib import Path
 from surgpose import cli
 from surgpose.config import profile
 from surgpose.docs import write_docs
-from surgpose.engine import Job, Phase, run_phases
+from surgpose.engine import Job, Phase, Unfinished, run_phases
 from surgpose.files import append_jsonl, read_json, read_jsonl, write_json
 
 out, steps = Path(os.environ["TOY_OUT"]), int(os.environ["TOY_STEPS"])
@@ -89,7 +90,7 @@ PHASES = (phase("draw", base=1), phase("learn", "draw", base=2), phase("look", "
 class Toy(cli.Verb):
     "Count."
     def run(self):
-        if not run_phases(PHASES, Job(profile("demo"), out)): raise RuntimeError("not every phase finished")
+        if not run_phases(PHASES, Job(profile("demo"), out)): raise Unfinished(out)
         return out / "index.html"
 
 cli.VERBS["toy"] = Toy
@@ -195,7 +196,9 @@ def test_the_demo_killed_five_times_ends_in_the_same_numbers(tmp_path):
     assert answers(torn) == answers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_run_that_is_told_to_stop_writes_record_and_index(tmp_path, number, code):
     run = ToyRun(tmp_path, steps=2000)
     got, said = run.stop(number, 12)
@@ -240,6 +243,40 @@ def test_what_a_person_corrects_reaches_what_learns_from_it(tmp_path, monkeypatc
 
 
 # What depends on what
+
+
+def test_the_files_behind_a_render_decide_whether_it_is_up_to_date(tmp_path):
+    render, job = PHASES[0], Job(profile("demo"), tmp_path / "run")
+    assert render.inputs(job) == (), "without any, nothing but the config counts"
+    files = {
+        "models_dir": "tweezers/a_kps.json",
+        "kps_dir": "a_kps.json",
+        "distractors_dir": "hook.obj",
+        "hdri_dir": "hall/hall_2k.hdr",
+        "backgrounds_dir": "photo.jpg",
+    }
+    given = {name: tmp_path / name for name in files} | {"camera_json": tmp_path / "camera.json"}
+    paths = [atomic_write(tmp_path / name / file, "12") for name, file in files.items()]
+    paths.append(atomic_write(given["camera_json"], "12"))
+    cfg = job.cfg.model_copy(update=dict(render=job.cfg.render.model_copy(update=given)))
+
+    def now() -> str:
+        return fingerprint(render, Job(cfg, job.out), PHASES)
+
+    for path in paths:
+        before = now()
+        assert now() == before
+        exact = path.suffix == ".json"
+        atomic_write(path, "34" if exact else "345")
+        changed = now()
+        assert changed != before, path
+        if not exact:
+            path.rename(path.with_stem("other"))
+            assert now() != changed, "another name"
+    atomic_write(tmp_path / "hdri_dir" / ".DS_Store", "")
+    before = now()
+    (tmp_path / "hdri_dir" / ".DS_Store").unlink()
+    assert now() == before
 
 
 def called(*functions) -> set[str]:
@@ -350,11 +387,23 @@ def test_a_disk_that_fills_up_leaves_a_record_that_can_be_read(tmp_path):
     done = subprocess.run(
         command, env=run.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 1 and "not every phase finished" in done.stderr
+    assert done.returncode == 74 and "not every phase finished" in done.stderr
     record = read_json(run.out / "run.json")["phases"]
     assert record["draw"]["status"] == "failed" and "File too large" in record["draw"]["error"]
     assert {p["status"] for n, p in record.items() if n != "draw"} == {"blocked"}
     assert not list(run.out.rglob("*.tmp*"))
+
+
+def test_the_index_is_written_when_the_record_cannot_be(tmp_path, monkeypatch):
+    def full(path, data):
+        if "ended" in data:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_json(path, data)
+
+    monkeypatch.setattr(engine, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_phases([Phase("look", lambda job: {})], Job(profile("demo"), tmp_path))
+    assert "1 of 1 phases finished" in (tmp_path / "index.html").read_text()
 
 
 # Odd names, nothing found, whose clip it is, what time it is
@@ -455,6 +504,16 @@ def test_a_sweep_goes_to_the_workers_of_a_dask_scheduler(tmp_path):
     assert [(r["state"], r.get("AP")) for r in rows[:2]] == [("done", 0.0), ("done", 0.25)] and not ok
     assert rows[2]["state"] == "failed" and rows[2]["error"] == "expected luck, got none"
     assert not (tmp_path / "sweep" / RECORDS).exists()
+
+
+def test_a_run_that_lacks_something_is_not_done(tmp_path, capsys):
+    matrix = atomic_write(tmp_path / "m.yaml", "seed: [0, 1]")
+    words = ["--matrix", str(matrix), "--out", str(tmp_path / "sweep"), "--only", "stats", "--device", "cpu"]
+    assert main(["run", *words]) == 1
+    assert "0 of 2 runs finished" in (tmp_path / "sweep" / "index.html").read_text()
+    rows = read_json(tmp_path / "sweep" / "sweep.json")["rows"]
+    assert [r["state"] for r in rows] == ["failed"] * 2
+    assert all(r["error"] == "stats: synthetic/manifest.json is missing; run render first" for r in rows)
 
 
 @pytest.mark.parametrize(
