@@ -5,12 +5,11 @@
 # %% ../nbs/90b_measure.ipynb #c002
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapt.gate import unseen_truth
+from .adapt.gate import unseen_truth, used_frames
 from .config import EvaluateConfig, PredictConfig
 from .data.cvat import TipTracks
 from .files import read_json, write_json
@@ -93,10 +92,10 @@ def _paired(folders: list[Path], data: Path, cfg: EvaluateConfig) -> list[dict]:
 
 # %% ../nbs/90b_measure.ipynb #c016
 def _compared_sets(runs: list[Path], out: Path, cfg: EvaluateConfig, data: Path | None, video: Path | None,
-                   truth: Path | None, seen: list[dict], same: bool, device: str, judged_by: Sequence[int] = ()) -> list[dict]:
+                   truth: Path | None, seen: list[dict], same: bool, device: str, used: Sequence[int] = ()) -> list[dict]:
     from surgpose.adapt.change import clip_deltas
     from surgpose.pose.evaluate import metrics, tip_errors
-    sets, labels, two = [], unseen_truth(truth, judged_by) if truth and video else None, len(runs) == 2
+    sets, labels, two = [], unseen_truth(truth, used) if truth and video else None, len(runs) == 2
     def add(name: str, unit: str, n: int, rows: list[dict], **more: Any) -> None:
         if rows: sets.append(dict(name=name, unit=unit, n=n, rows=rows, **more))
     def pair(found: list[dict]) -> tuple[dict, dict]: return found[0], found[-1] if two or same else {}
@@ -139,29 +138,21 @@ def compare_runs(
     folders, predict = (out / "predictions", out / "predictions_refined"), predict or PredictConfig()
     seen = [_predicted(r, video, f, predict, device) for r, f in zip(runs, folders, strict=False) if video]
     truth, same = truth or (find_truth(video) if video else None), gate.get("kept") == "teacher"
-    sets = _compared_sets(runs, out, cfg, data, video, truth, seen, same, device, gate.get("gate_frames", ()))
+    used = used_frames(gate)
+    sets = _compared_sets(runs, out, cfg, data, video, truth, seen, same, device, used)
     if len(seen) == 2 and predict.overlay: side_by_side(video, *folders, out / "side_by_side.mp4")
     else: (out / "side_by_side.mp4").unlink(missing_ok=True)
-    steady = [*map(_jitter, folders[:len(seen)]), None, None]
-    if same and len(seen) == 1: steady = steady[:1] * 2
     found = dict(kept=gate.get("kept"), verdict=compare_verdict(sets, gate.get("reason", "")), video=video,
-                 sets=sets, jitter_px=dict(before=steady[0], after=steady[1]),
-                 change=_change(folders[:len(seen)], truth, gate.get("gate_frames", ()), cfg))
+                 sets=sets, change=_change(folders[:len(seen)], truth, used, cfg))
     write_json(out / "compare.json", found)
     return found
 
 # %% ../nbs/90b_measure.ipynb #c018
-def _change(folders: Sequence[Path], truth: Path | None, judged_by: Sequence[int], cfg: EvaluateConfig) -> list[dict]:
+def _change(folders: Sequence[Path], truth: Path | None, used: Sequence[int], cfg: EvaluateConfig) -> list[dict]:
     from surgpose.adapt.change import change_rows, video_change
     if not folders: return []
-    lines = video_change(folders[0], folders[1] if len(folders) > 1 else None, unseen_truth(truth, judged_by))
+    lines = video_change(folders[0], folders[1] if len(folders) > 1 else None, unseen_truth(truth, used))
     return change_rows(*lines, resamples=cfg.bootstrap)
-
-
-def _jitter(predictions: Path) -> float | None:
-    from surgpose.pose.compare import jitter_px
-    value = jitter_px(predictions)
-    return value if math.isfinite(value) else None
 
 # %% ../nbs/90b_measure.ipynb #c019
 def compare_verdict(

@@ -14,11 +14,13 @@ import pytest
 import yaml
 from conftest import film_scripted
 
+from surgpose import measure
 from surgpose.adapt import refine as refining
-from surgpose.adapt.ablation import SCORES, ablation_rows, run_ablation
+from surgpose.adapt.ablation import ablation_rows, run_ablation
 from surgpose.adapt.change import change_rows, timeline
 from surgpose.adapt.gate import gate_rows, gate_verdict, held_out_scores
 from surgpose.adapt.pseudo import (
+    REASONS,
     Candidates,
     body_area,
     candidates,
@@ -30,9 +32,16 @@ from surgpose.adapt.review import ReviewState, review_items
 from surgpose.adapt.rounds import refine_rounds
 from surgpose.adapt.scripted import CLIP_FAULTS, join, place_tool, scripted_clip
 from surgpose.adapt.track import affinity, follow
-from surgpose.config import EvaluateConfig, PseudoConfig, RefineConfig, TrackConfig, TrainConfig
+from surgpose.config import (
+    EvaluateConfig,
+    PredictConfig,
+    PseudoConfig,
+    RefineConfig,
+    TrackConfig,
+    TrainConfig,
+)
 from surgpose.data.coco import new_coco, read_coco, write_coco
-from surgpose.files import read_json
+from surgpose.files import atomic_write, read_json, write_json
 from surgpose.geometry import oks
 from surgpose.pose.recipe import ultralytics_settings
 from surgpose.schema import FLIP_IDX, HINGE, SIGMAS, Frame, order_jaws
@@ -168,7 +177,7 @@ def test_what_is_gained_on_renders_does_not_make_up_for_the_target(monkeypatch):
     monkeypatch.setattr("surgpose.pose.evaluate.evaluate", evaluate)
 
     def check(target: str | None) -> None:
-        before, after = (held_out_scores(w, "renders", "out", target=target) for w in ("before", "after"))
+        before, after = (held_out_scores(w, "out", "renders", target=target) for w in ("before", "after"))
         assert gate_verdict(gate_rows(before, after, 0.02), 0.02)[0] == "teacher"
 
     check("clip")
@@ -314,6 +323,52 @@ def test_a_persons_word_reaches_a_frame_that_is_clear_in_a_later_round(found, cl
     assert refining.mix_counts(toy_dataset, second, cfg, reviewed=first)["person_frames"] == 1
 
 
+def test_a_persons_frames_neither_judge_nor_measure(found, clip, truth, toy_dataset, tmp_path, monkeypatch):
+    items = review_items(found)
+    state = ReviewState(items, tmp_path / "decisions.jsonl")
+    state.accept(next(i for i, item in enumerate(items) if item.frame == min(i.frame for i in items)))
+    (spoken,) = {key[1] for key in state.decisions}
+    pseudo = refining.pseudo_dataset(clip, found, state.path, tmp_path / "pseudo", progress=False)
+    write_coco(tmp_path / "truth.json", truth)
+
+    def train(data, out, *args, **more):
+        atomic_write(Path(out) / "weights" / "best.pt", "")
+
+    monkeypatch.setattr("surgpose.pose.train.train", train)
+    out = refine_rounds(
+        atomic_write(tmp_path / "teacher" / "weights" / "best.pt", ""),
+        toy_dataset,
+        pseudo,
+        tmp_path / "refined",
+        cfg=ONE.model_copy(update=dict(gate_share=0.9)),
+        video=clip,
+        truth=tmp_path / "truth.json",
+        judge=lambda weights, folder: dict(AP=0.5),
+        progress=False,
+    )
+    facts = read_json(out / "refine.json")
+    labelled = {im["frame"] for im in truth["images"]}
+    assert spoken in labelled and spoken < max(facts["gate_frames"]) and facts["person_seen"] == [spoken]
+    assert len(facts["gate_frames"]) == 17 and spoken not in facts["gate_frames"]
+    asked = []
+    monkeypatch.setattr(measure, "_compared_sets", lambda *args: asked.append(args[-1]) or [])
+    monkeypatch.setattr(measure, "_change", lambda folders, truth, used, cfg: asked.append(used) or [])
+    monkeypatch.setattr(measure, "_predicted", lambda *args: {})
+    earlier = {name: value for name, value in facts.items() if name != "person_seen"}
+    for written, used in ((facts, {spoken, *facts["gate_frames"]}), (earlier, {*facts["gate_frames"]})):
+        write_json(out / "refine.json", written)
+        paths = dict(video=clip, truth=tmp_path / "truth.json")
+        measure.compare_runs(
+            tmp_path / "teacher",
+            out,
+            tmp_path,
+            EvaluateConfig(),
+            predict=PredictConfig(overlay=False),
+            **paths,
+        )
+        assert [set(frames) for frames in (asked.pop(), asked.pop())] == [used, used]
+
+
 def test_a_long_clip_does_not_drown_the_renders(found, clip, toy_dataset, tmp_path):
     pseudo = refining.pseudo_dataset(clip, found, None, tmp_path / "pseudo", progress=False)
     all_of = refining.mix_counts(toy_dataset, pseudo, ONE)["pseudo_frames"]
@@ -373,7 +428,7 @@ def test_the_ablation_runs_for_real(found, clip, truth, toy_dataset, teacher, tm
         tmp_path / "out",
         TINY,
         ONE,
-        rungs={"scores alone": SCORES},
+        rungs={"all doubts": REASONS},
         seeds=(0,),
         review=2,
         evaluate_cfg=EvaluateConfig(bootstrap=0),
@@ -382,9 +437,14 @@ def test_the_ablation_runs_for_real(found, clip, truth, toy_dataset, teacher, tm
     )
     ablation = read_json(made)
     assert list(ablation["teacher"]) == ["AP on synthetic validation", "AP on labelled target frames"]
-    assert [r["rung"] for r in ablation["rows"]] == ["scores alone", "+ review of the 2 worst"]
+    assert [r["rung"] for r in ablation["rows"]] == ["all doubts", "+ review of the 2 worst"]
     assert all(set(r["scores"]) == set(ablation["teacher"]) for r in ablation["rows"])
     assert ablation_rows(ablation).seeds.tolist() == [0, 1, 1]
+    assert len(ablation["reviewed_frames"]) in (1, 2)
+    assert not {*ablation["reviewed_frames"]} & {*ablation["measured_frames"]}
+    judged = read_json(tmp_path / "out" / "teacher" / "target" / "metrics.json")["n_images"]
+    assert judged == ablation["frames"] == len(ablation["measured_frames"])
+    assert judged == 20 - len(ablation["reviewed_frames"])
     assert all(r["gain"]["metric"] == "AP" and r["gain"]["delta"] is not None for r in ablation["rows"])
 
 

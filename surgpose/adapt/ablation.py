@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 
 from .change import clip_deltas
-from .gate import held_out_scores
+from .gate import held_out_scores, part_of_truth
 from .pseudo import (FILTERS, REASONS, Candidates, agreement, body_area, frame_states, make_table, poses_of,
                                    read_candidates)
 from .quality import RIGHT_OKS, match_tools, tools_by_frame
 from .refine import pseudo_dataset, refine
 from .review import apply_decisions, review_items
 from ..config import EvaluateConfig, RefineConfig, TrainConfig
+from ..data.coco import write_coco
 from ..data.show import CYCLE, new_figure
 from ..files import hash_data, read_json, sha256_file, utc_now, write_json
 from ..geometry import iou_xywh
@@ -94,7 +95,7 @@ def play_review(
         over = iou_xywh(item.xywh_px[None], tools.xywh_px)[0] if len(tools) else np.zeros(0)
         line = dict(video=item.video, frame=item.frame, track=item.track, by="person", bbox=item.xywh_px.tolist())
         best = int((alike + over).argmax()) if len(tools) else -1
-        if best < 0 or over[best] < NEAR_IOU and alike[best] < 0.5: line["verdict"] = "reject"
+        if best < 0 or over[best] < NEAR_IOU and alike[best] < 0.5: line["verdict"] = "absent"
         elif alike[best] >= ACCEPT_OKS and tools.category_id[best] == item.category_id: line["verdict"] = "accept"
         else:
             kpts = tools.keypoints[best].copy()
@@ -125,6 +126,12 @@ def _variants(found: Candidates, raw: Sequence | None, truth: dict, rungs: dict,
     out = {name: (restrict(found, reasons, raw), {}) for name, reasons in rungs.items()}
     last = list(out.values())[-1][0]
     return out | ({REVIEWED.format(review): (last, play_review(last, truth, review))} if review else {})
+
+
+def _unreviewed(labels: dict, reviewed: Collection[int], out: Path, truth: Path | str) -> Path:
+    rest = part_of_truth(labels, set(reviewed), without=True)
+    if rest["images"]: return write_coco(out / "measured_coco.json", rest)
+    raise ValueError(f"{truth}: expected labelled frames beyond the {len(reviewed)} that the person looks at, got none; lower review")
 
 
 def _learn(adapt: Callable[..., Path], rung: str, seed: int, data: Path, folder: Path, precision: float, gain: Callable) -> dict:
@@ -163,11 +170,13 @@ def run_ablation(
     out, pseudo, renders = Path(out), Path(pseudo), Path(synthetic) / "coco_annotations.json"
     labels, raw, teacher = read_truth(Path(truth)), pseudo / "all" / "predictions.json", Path(teacher)
     if not isinstance(labels, dict): raise ValueError(f"{truth}: expected COCO labels of all keypoints, got tips alone")
-    judge = judge or partial(_score, synthetic=synthetic, cfg=evaluate_cfg, target=video, truth=truth, device=device, progress=progress)
     seen = read_predictions(raw) if raw.is_file() else None
     variants = _variants(read_candidates(pseudo / "candidates.json"), seen, labels, rungs or make_rungs(), review)
-    settings = [c.model_dump(mode="json") for c in (train_cfg, cfg, evaluate_cfg)]
-    start, rows = [*map(sha256_file, (teacher, truth, renders)), *settings], []
+    reviewed = sorted({frame for _, said in variants.values() for _, frame, _ in said})
+    rest = _unreviewed(labels, reviewed, out, truth)
+    judge = judge or partial(held_out_scores, synthetic=synthetic, cfg=evaluate_cfg, target=video, truth=rest, device=device, progress=progress)
+    lesson = [*map(sha256_file, (teacher, renders)), *(c.model_dump(mode="json") for c in (train_cfg, cfg))]
+    start, rows, measured = [*map(sha256_file, (truth, rest)), evaluate_cfg.model_dump(mode="json"), *lesson], [], read_truth(rest)
     before = _kept(out / "teacher.json", hash_data(start), lambda: judge(teacher, out / "teacher"))
     adapt = partial(refine, teacher, synthetic, train_cfg=train_cfg, refine_cfg=cfg, device=device, progress=progress,
                     gate=lambda weights, folder: before if weights == teacher else judge(weights, folder))
@@ -175,11 +184,12 @@ def run_ablation(
         data = pseudo_dataset(video, found, said, out / f"labels_{n}", progress=progress)
         right, labelled = label_precision(apply_decisions(found, said), labels), sha256_file(data / "coco_annotations.json")
         for seed in seeds:
-            folder = out / f"rung_{n}_seed_{seed}"
-            learn = partial(_learn, adapt, rung, seed, data, folder, right, partial(_gain, labels, out / "teacher", evaluate_cfg.bootstrap))
+            folder = out / f"rung_{n}_seed_{seed}_{hash_data([*lesson, labelled])[:8]}"
+            learn = partial(_learn, adapt, rung, seed, data, folder, right, partial(_gain, measured, out / "teacher", evaluate_cfg.bootstrap))
             rows.append(_kept(folder / "row.json", hash_data([*start, labelled, rung]), learn))
-    done = dict(teacher=before, rows=rows, frames=len(labels["images"]), video=Path(video).name, review=review,
-                config=cfg.model_dump(mode="json"), weights_sha256=start[0], finished=utc_now())
+    done = dict(teacher=before, rows=rows, frames=len(measured["images"]), video=Path(video).name, review=review,
+                measured_frames=[im["frame"] for im in measured["images"]], reviewed_frames=reviewed,
+                config=cfg.model_dump(mode="json"), weights_sha256=lesson[0], finished=utc_now())
     return write_json(out / "ablation.json", done)
 
 # %% ../../nbs/50e_ablation.ipynb #c025
@@ -190,10 +200,6 @@ def _kept(path: Path, fingerprint: str, make: Callable[[], dict]) -> dict:
     value = make()
     write_json(path, dict(fingerprint=fingerprint, value=value))
     return value
-
-
-def _score(weights: Path, folder: Path, **more: object) -> dict[str, float | None]:
-    return held_out_scores(weights, out=folder, **more)
 
 # %% ../../nbs/50e_ablation.ipynb #c031
 def ablation_rows(

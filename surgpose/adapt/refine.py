@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -27,8 +29,8 @@ from ..files import (MANIFEST, code_hash, hash_data, read_json, sha256_file, utc
 from ..schema import Frame
 
 # %% auto #0
-__all__ = ['JPEG_QUALITY', 'person_words', 'pseudo_dataset', 'choose_synthetic', 'choose_accepted', 'mix', 'refine_recipe',
-           'average_weights', 'refine', 'mix_counts', 'kept_weights']
+__all__ = ['JPEG_QUALITY', 'person_words', 'pseudo_dataset', 'choose_synthetic', 'person_seen', 'choose_accepted', 'mix',
+           'refine_recipe', 'average_weights', 'refine', 'mix_counts', 'kept_weights']
 
 # %% ../../nbs/50_refine.ipynb #c005
 def person_words(
@@ -66,7 +68,10 @@ def pseudo_dataset(
         frames = enumerate(_read(video, wanted, progress), 1)
         images = [_write_frame(tmp, n, frame, image, video.name) for n, (frame, image) in frames]
         barred = sorted({frame for (frame, _), word in person.items() if word == "reject"})
-        coco = new_coco(images, _annotations(found, images, person), dict(video=video.name, rejected_frames=barred))
+        names = {f.index: f.file_name for f in found.frames}
+        spoken = sorted({key[1] for key, line in said.items() if line["by"] == "person" and names.get(key[1]) == key[0]})
+        info = dict(video=video.name, rejected_frames=barred, person_seen=spoken)
+        coco = new_coco(images, _annotations(found, images, person), info)
         write_coco(tmp / "coco_annotations.json", coco)
         digest = sha256_file(video) if video.is_file() else None
         write_manifest(tmp, dict(what="pseudo-labels", video=video.name, video_sha256=digest,
@@ -134,6 +139,15 @@ def choose_synthetic(
     return _part(coco, lambda im: im["id"] in drawn)
 
 # %% ../../nbs/50_refine.ipynb #c017
+def person_seen(
+    *datasets: Path | str | None,  # dataset folders of accepted frames
+) -> list[int]:  # frame numbers
+    "List the frames in which a person has decided on a pose; their labels measure no network."
+    cocos = [read_coco(Path(data) / "coco_annotations.json") for data in datasets if data]
+    told = [info.get("person_seen", info.get("rejected_frames", ())) for info in (c.get("info", {}) for c in cocos)]
+    return sorted({*chain(*told), *(im["frame"] for c in cocos for im in _of_person(c)["images"] if "frame" in im)})
+
+# %% ../../nbs/50_refine.ipynb #c018
 def choose_accepted(
     proposed: dict,  # the accepted frames of this round
     reviewed: dict,  # the accepted frames of the round that a person looked at; the same file in the first round
@@ -150,7 +164,7 @@ def choose_accepted(
     kept = {model[i] for i in spread}
     return _part(proposed, lambda im: im["id"] in kept), person, since
 
-# %% ../../nbs/50_refine.ipynb #c018
+# %% ../../nbs/50_refine.ipynb #c019
 def _sources(
     synthetic: Path, pseudo: Path, cfg: RefineConfig, seed: int, reviewed: Path | None
 ) -> tuple[dict[str, tuple[dict, Path]], dict]:
@@ -180,19 +194,19 @@ def mix(
     repeat = [cfg.person_weight if name.startswith("person") else 1 for name in train]
     return write_yolo(out, dict(train=list(train.values()), val=[(val, Path(synthetic))]), repeat=dict(train=repeat), progress=False)
 
-# %% ../../nbs/50_refine.ipynb #c026
+# %% ../../nbs/50_refine.ipynb #c027
 def refine_recipe(
     teacher: Path | str,  # weights to start from
     train_cfg: TrainConfig,
     cfg: RefineConfig,
 ) -> TrainConfig:
     "Turn the teacher's recipe into the refinement's."
-    sigma = float(np.sqrt(train_cfg.sigma_start * train_cfg.sigma_end))
+    sigma = float(np.sqrt(train_cfg.sigma_start * train_cfg.sigma_end))  # `sigma_at` takes the mean with the end once more
     changes = dict(weights_init=Path(teacher), sigma_start=sigma, lrf=0.01)
     changes |= {name: getattr(cfg, name) for name in ("epochs", "freeze", "lr0")}
     return TrainConfig(**{**train_cfg.model_dump(), **changes})
 
-# %% ../../nbs/50_refine.ipynb #c028
+# %% ../../nbs/50_refine.ipynb #c030
 def average_weights(
     old: Path | str,  # checkpoint
     new: Path | str,  # checkpoint of the same network
@@ -209,7 +223,7 @@ def average_weights(
     b["model"].load_state_dict(mean)
     return write_weights(out, b["model"], {**b["surgpose"], "averaged": share})
 
-# %% ../../nbs/50_refine.ipynb #c032
+# %% ../../nbs/50_refine.ipynb #c034
 def refine(
     teacher: Path | str,  # weights of the network that made the pseudo-labels
     synthetic: Path | str,  # dataset folder with train and val images
@@ -232,7 +246,7 @@ def refine(
     train_cfg, cfg = train_cfg or TrainConfig(), refine_cfg or RefineConfig()
     out, teacher = Path(out), Path(teacher)
     facts = dict(teacher=os.path.relpath(teacher, out), seed=seed, config=cfg.model_dump(mode="json"),
-                 mix=mix_counts(synthetic, pseudo, cfg, reviewed=reviewed))
+                 mix=mix_counts(synthetic, pseudo, cfg, reviewed=reviewed), person_seen=person_seen(pseudo, reviewed))
     if (n := facts["mix"]["pseudo_frames"]) < cfg.min_frames:
         few = f"The teacher is kept: {n} frames were accepted, a refinement needs {cfg.min_frames}."
         return _conclude(out, facts, "teacher", few, [])
@@ -240,12 +254,12 @@ def refine(
     train(data, out, refine_recipe(teacher, train_cfg, cfg), seed=seed, device=device, progress=progress)
     network = out / "weights" / "best.pt"
     if cfg.teacher_ema: network = average_weights(teacher, network, cfg.teacher_ema, network.with_name("averaged.pt"))
-    gate = gate or (lambda weights, folder: held_out_scores(
-        weights, synthetic, folder, evaluate_cfg, target=target, truth=truth, device=device, progress=progress))
+    gate = gate or partial(held_out_scores, synthetic=synthetic, cfg=evaluate_cfg, target=target, truth=truth, device=device,
+                           progress=progress)
     rows = gate_rows(gate(teacher, out / "gate" / "teacher"), gate(network, out), cfg.gate_tolerance)
     return _conclude(out, facts | dict(network=f"weights/{network.name}"), *gate_verdict(rows, cfg.gate_tolerance), rows)
 
-# %% ../../nbs/50_refine.ipynb #c033
+# %% ../../nbs/50_refine.ipynb #c035
 def mix_counts(
     synthetic: Path | str,  # dataset folder
     pseudo: Path | str,  # dataset folder of accepted frames
