@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ..config import PseudoConfig
 from ..data.show import CYCLE, new_figure
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['sharpness', 'score_frames', 'spare_frames', 'sampled', 'common_step', 'pick_frames', 'score_source', 'frames_verdict',
-           'find_spare', 'fig_frames']
+__all__ = ['sharpness', 'score_frames', 'spare_frames', 'sampled', 'common_step', 'pick_frames', 'FrameStore', 'score_source',
+           'frames_verdict', 'find_spare', 'fig_frames']
 
 # %% ../../nbs/40e_frames.ipynb #c005
 def sharpness(
@@ -96,6 +97,31 @@ def pick_frames(
         if frame.index >= last: return
 
 # %% ../../nbs/40e_frames.ipynb #c018
+class FrameStore:
+    "A few frames of a video, at hand by their number."
+
+    def __init__(
+        self,
+        source: Path | str,  # a video, or a folder of images
+        numbers: Iterable[int],  # frame numbers to keep
+        *,
+        known: Iterable[Frame] = (),  # what the frames should be, by name and size
+    ) -> None:
+        wanted, known, self._jpeg = set(numbers), {f.index: f for f in known}, {}
+        for frame, image_bgr in tqdm(pick_frames(source, wanted), "pictures", len(wanted), unit="frame", file=sys.stderr, delay=2):
+            want, got = (f"frame {f.index} of {f.file_name}, {f.width}x{f.height} px" for f in (known.get(frame.index, frame), frame))
+            if want != got: raise ValueError(f"{source}: expected {want}, got {got}; is it another video?")
+            self._jpeg[frame.index] = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._jpeg
+
+    def __call__(self, number: int) -> np.ndarray:
+        "Give one frame, (H, W, 3) BGR; grey where it could not be read."
+        if number not in self._jpeg: return np.full((240, 320, 3), 128, np.uint8)
+        return cv2.imdecode(self._jpeg[number], cv2.IMREAD_COLOR)
+
+# %% ../../nbs/40e_frames.ipynb #c022
 def score_source(
     source: Path | str,  # the video, or folder of images
     numbers: Sequence[int],  # of the frames that are looked at
@@ -124,7 +150,7 @@ def find_spare(
     if not cfg.min_change and not cfg.min_sharpness: return ()
     return tuple(spare_frames(score_source(source, sampled(source, cfg), cfg.min_change), cfg.min_sharpness))
 
-# %% ../../nbs/40e_frames.ipynb #c021
+# %% ../../nbs/40e_frames.ipynb #c025
 def fig_frames(
     scores: pd.DataFrame,  # from `score_frames`
     min_change: float = 0.015,

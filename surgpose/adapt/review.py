@@ -39,6 +39,7 @@ class ReviewItem:
     keypoints: np.ndarray  # (5, 3) x, y in px, and 0 for a point without label
     reasons: tuple[str, ...]
     size_px: tuple[int, int] = (0, 0)  # width and height of the frame; (0, 0) where nobody knows
+    beside: tuple[int | None, int | None] = (None, None)  # numbers of the sampled frames before and after
 
     @property
     def key(self) -> Key:
@@ -56,12 +57,13 @@ def review_items(
     everything: bool = False,  # the sure poses too, and those of frames that need not be learned from
 ) -> list[ReviewItem]:  # the most doubtful first, then in order of time
     "List what a person should look at."
-    frames = {f.index: f for f in found.frames}
+    frames, numbers = {f.index: f for f in found.frames}, [f.index for f in found.frames]
+    beside = dict(zip(numbers, zip([None, *numbers][:-1], [*numbers, None][1:], strict=True), strict=True))
     asked = ~is_settled(found.table) & ~found.table.frame.isin(found.spare)
     rows = found.table[(found.table.track >= 0) & (everything | asked)]
     items = [ReviewItem(f.file_name, r.frame, r.track, r.t_s, r.category_id, r.score,
                         np.array([r.x, r.y, r.w, r.h]), np.reshape(r.keypoints, (-1, 3)), r.reasons,
-                        (f.width, f.height))
+                        (f.width, f.height), beside[r.frame])
              for r, f in ((r, frames[r.frame]) for r in rows.itertuples())]
     return sorted(items, key=lambda item: (-item.doubt, item.frame))
 
@@ -289,7 +291,15 @@ def _decided(row: dict, said: dict, frame: Frame) -> dict:
     kpts, size, own = check_fix(said["keypoints"]), np.array([frame.width, frame.height]), editable(np.reshape(row["keypoints"], (-1, 3)))
     kind = dict(kept=True, category_id=said.get("category_id") or row["category_id"])
     if said["verdict"] == "accept" and np.abs(own - kpts).max() < 1: return kind  # as it was seen
-    x, y, w, h = box_of_keypoints(kpts, 0.12)
-    low, high = np.clip([x, y], 0, size), np.clip([x + w, y + h], 0, size)
+    low, high = np.clip(_moved_box(row, own, kpts), 0, size)
     box = [*low, *(high - low)] if (high - low).min() > 1 else [row[c] for c in "xywh"]
     return dict(kind, keypoints=kpts.ravel().tolist(), **dict(zip("xywh", np.round(box, 2).tolist(), strict=True)))
+
+
+def _moved_box(row: dict, own: np.ndarray, kpts: np.ndarray) -> list[np.ndarray]:  # upper left and lower right corner
+    both, new = (own[:, 2] > 0) & (kpts[:, 2] > 0), kpts[(own[:, 2] == 0) & (kpts[:, 2] > 0), :2]
+    if both.sum() < 2:
+        x, y, w, h = box_of_keypoints(kpts, 0.12)
+        return [np.array([x, y]), np.array([x + w, y + h])]
+    ends = (row["x"], row["y"]), (row["x"] + row["w"], row["y"] + row["h"])
+    return [far(np.vstack([end + far(kpts[both, :2], 0) - far(own[both, :2], 0), new]), 0) for end, far in zip(ends, (np.min, np.max), strict=True)]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -15,37 +15,17 @@ import ipywidgets as w
 import numpy as np
 
 from .canvas import PoseCanvas, make_scene
-from .frames import pick_frames
+from .frames import FrameStore
 from .pseudo import REASONS, read_candidates
 from .review import ReviewItem, ReviewState, review_items
 from ..data.draw import contact_sheet, draw_poses, show_image
 from ..schema import CLASSES, KEYPOINT_COLOURS, KEYPOINTS, Poses, class_name
 
 # %% auto #0
-__all__ = ['KEYS', 'BUTTONS', 'FrameStore', 'surroundings', 'item_picture', 'neighbours', 'frames_to_show', 'caption',
-           'help_html', 'legend_html', 'ReviewView', 'open_review']
+__all__ = ['KEYS', 'BUTTONS', 'surroundings', 'item_picture', 'neighbours', 'frames_to_show', 'caption', 'help_html',
+           'legend_html', 'ReviewView', 'open_review']
 
-# %% ../../nbs/43_widget.ipynb #c005
-class FrameStore:
-    "A few frames of a video, at hand by their number."
-
-    def __init__(
-        self,
-        source: Path | str,  # a video, or a folder of images
-        numbers: Iterable[int],  # frame numbers to keep
-    ) -> None:
-        self._jpeg = {frame.index: cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-                      for frame, image_bgr in pick_frames(source, set(numbers))}
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._jpeg
-
-    def __call__(self, number: int) -> np.ndarray:
-        "Give one frame, (H, W, 3) BGR; grey where it could not be read."
-        if number not in self._jpeg: return np.full((240, 320, 3), 128, np.uint8)
-        return cv2.imdecode(self._jpeg[number], cv2.IMREAD_COLOR)
-
-# %% ../../nbs/43_widget.ipynb #c009
+# %% ../../nbs/43_widget.ipynb #c008
 def surroundings(
     item: ReviewItem,
 ) -> tuple[float, float, float, float]:  # left, top, width, height in px; may reach out of the picture
@@ -54,7 +34,7 @@ def surroundings(
     reach = max(40.0, 0.75 * item.xywh_px[2:].max()) * np.array([4 / 3, 1])
     return (*map(float, centre - reach), *map(float, 2 * reach))
 
-# %% ../../nbs/43_widget.ipynb #c011
+# %% ../../nbs/43_widget.ipynb #c010
 def item_picture(
     image_bgr: np.ndarray,  # (H, W, 3) the frame
     item: ReviewItem,
@@ -70,26 +50,26 @@ def item_picture(
     (x0, y0), (x1, y1) = (np.clip(p, 0, size).astype(int) for p in ((left, top), (left + width, top + height)))
     return image_bgr[y0:y1, x0:x1] if x1 > x0 and y1 > y0 else image_bgr
 
-# %% ../../nbs/43_widget.ipynb #c015
+# %% ../../nbs/43_widget.ipynb #c014
 def neighbours(
     state: ReviewState,
     item: ReviewItem,
-) -> tuple[ReviewItem | None, ReviewItem | None]:  # the nearest pose of its track before, and after
+) -> list[tuple[int | None, ReviewItem | None]]:  # before, and after: number of a frame, and the tool's pose there
     "Find the same tool in other frames."
     mates = state.mates(item)
     before = max((o for o in mates if o.frame < item.frame), key=lambda o: o.frame, default=None)
     after = min((o for o in mates if o.frame > item.frame), key=lambda o: o.frame, default=None)
-    return before, after
+    return [(o.frame if o else beside, o) for o, beside in zip((before, after), item.beside, strict=True)]
 
-# %% ../../nbs/43_widget.ipynb #c016
+# %% ../../nbs/43_widget.ipynb #c015
 def frames_to_show(
     state: ReviewState,
 ) -> set[int]:  # frame numbers
     "List the frames that a review will look at."
-    near = [o for item in state.items for o in (item, *neighbours(state, item)) if o is not None]
-    return {o.frame for o in near}
+    near = {number for item in state.items for number, _ in neighbours(state, item) if number is not None}
+    return near | {item.frame for item in state.items}
 
-# %% ../../nbs/43_widget.ipynb #c020
+# %% ../../nbs/43_widget.ipynb #c019
 KEYS = {"a": "accept", "Enter": "accept", "r": "reject", "x": "absent", "n": "skip", " ": "skip", "b": "back", "z": "undo",
         "Z": "redo", "v": "see", "s": "swap", "c": "kind", "t": "track", "g": "peek", "f": "zoom", "h": "explain"}
 BUTTONS = dict(
@@ -103,7 +83,7 @@ BUTTONS = dict(
     kind=("Class", "", "c", "it is the other kind of tool"),
     track=("Whole track", "", "t", "say the same of all undecided poses of this track"))
 
-# %% ../../nbs/43_widget.ipynb #c021
+# %% ../../nbs/43_widget.ipynb #c020
 def caption(
     item: ReviewItem,
     verdict: str = "open",
@@ -113,7 +93,7 @@ def caption(
     name, why = class_name(item.category_id), ", ".join(item.reasons) or "no doubt"
     return f"{said}frame {item.frame} ({item.t_s:.2f} s) {name} {item.score:.2f}: {why}"
 
-# %% ../../nbs/43_widget.ipynb #c023
+# %% ../../nbs/43_widget.ipynb #c022
 def help_html() -> str:
     "List the keys."
     rows = [(key, tip) for _, _, key, tip in BUTTONS.values()]
@@ -131,7 +111,7 @@ def legend_html(
              for k, (name, colour, v) in enumerate(zip(KEYPOINTS, KEYPOINT_COLOURS, kpts[:, 2], strict=True), 1)]
     return " &nbsp; ".join(marks)
 
-# %% ../../nbs/43_widget.ipynb #c025
+# %% ../../nbs/43_widget.ipynb #c024
 class ReviewView:
     "Look at one item after the other, correct it, decide."
 
@@ -240,7 +220,7 @@ class ReviewView:
         done = "Nothing is left to decide" + (" with these filters." if self.state.open_items() else ".")
         text = f"{i + 1}/{len(items)} {caption(items[i], self.state.verdict(i))}" if i < len(items) else done
         lines = [f"<b>{escape(text)}</b>", *([escape(self.note)] if self.note else []), escape(self.tally())]
-        if i < len(items): lines.insert(1, legend_html(self.state.pose(i)[0]))
+        if i < len(items): lines[1:1] = [legend_html(self.state.pose(i)[0]), *map(escape, self._unread(items[i]))]
         self.text.value, self.note = "<br>".join(lines), ""
         self._draw(i)
 
@@ -254,12 +234,21 @@ class ReviewView:
         if i >= len(self.state.items):
             return self.canvas.show(make_scene(i, np.zeros((len(KEYPOINTS), 3)), 1, (3, 2)), b"")
         item, (kpts, kind) = self.state.items[i], self.state.pose(i)
-        near = neighbours(self.state, item)[self.ghost.value] if self.ghost.value >= 0 else None
-        seen_near = near and (not hasattr(self.images, "__contains__") or near.frame in self.images)
+        number, near = self._ghost(item)
         size = item.size_px if min(item.size_px) > 0 else self.images(item.frame).shape[1::-1]
         scene = make_scene(i, kpts, kind, size, focus_px=surroundings(item) if self.close.value else None,
                            ghost_kpts=self.state.stands(near)[0] if near else None)
-        self.canvas.show(scene, self._jpeg(item.frame), self._jpeg(near.frame) if seen_near else b"")
+        self.canvas.show(scene, self._jpeg(item.frame), b"" if number is None or not self._has(number) else self._jpeg(number))
+
+    def _ghost(self, item: ReviewItem) -> tuple[int | None, ReviewItem | None]:
+        return neighbours(self.state, item)[self.ghost.value] if self.ghost.value >= 0 else (None, None)
+
+    def _has(self, number: int) -> bool:
+        return not hasattr(self.images, "__contains__") or number in self.images
+
+    def _unread(self, item: ReviewItem) -> list[str]:
+        shown = [number for number in (item.frame, self._ghost(item)[0]) if number is not None]
+        return [f"Frame {number} could not be read, so there is no picture of it." for number in shown if not self._has(number)]
 
     def _jpeg(self, number: int) -> bytes:
         if number not in self._jpegs:
@@ -281,7 +270,7 @@ class ReviewView:
         told = f"The {min(12, len(self.state.items))} most doubtful of {len(self.state.items)} poses."
         show_image(self.sheet(), alt="Doubtful poses, cut out", caption=told)
 
-# %% ../../nbs/43_widget.ipynb #c036
+# %% ../../nbs/43_widget.ipynb #c035
 def open_review(
     folder: Path | str,  # the `pseudo` folder of a run: candidates.json, and decisions.jsonl if there is one
     video: Path | str,  # what the candidates were found on: a video, or a folder of images
@@ -296,4 +285,4 @@ def open_review(
     asked = {item.key for item in items}
     sure = [item for item in review_items(found, everything=True) if item.key not in asked]
     state = ReviewState(items, Path(folder) / "decisions.jsonl", sure=sure, who=who)
-    return ReviewView(state, FrameStore(video, frames_to_show(state)), width=width)
+    return ReviewView(state, FrameStore(video, frames_to_show(state), known=found.frames), width=width)
