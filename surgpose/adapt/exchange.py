@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -84,13 +84,16 @@ def take_back(
     state: ReviewState,
     sent: Sequence[dict],  # all poses, as `send_frames` made them
     came: dict[str, Sequence[dict]],  # picture's name -> poses on it; a picture that is not here was not looked at
+    *,
+    finished: Collection[str] | None = (),  # pictures on which what nobody touched is right; None for all that came back
     tolerance_px: float = 0.6,  # a point that moved less was not moved
-) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were added
+) -> dict[str, int]:  # how many were accepted, fixed, found absent, newly added, and left open
     "Turn what another tool made of the poses into decisions, in one action."
-    strange = sorted(set(came) - {row["name"] for row in sent})
+    done = set(came if finished is None else finished)
+    strange = sorted((done | set(came)) - {row["name"] for row in sent})
     if strange: raise ValueError(f"take_back: expected pictures that were sent, got {strange[0]}; was another folder sent?")
     known = {item.key: item for item in (*state.items, *state.sure)}
-    decided, words, tally = state.decisions, [], Counter(accept=0, fix=0, reject=0, new=0)
+    decided, words, tally = state.decisions, [], Counter(accept=0, fix=0, absent=0, new=0, open=0)
     for name, poses in came.items():
         rows = [row for row in sent if row["name"] == name]
         pairs = pair_up(rows, poses)
@@ -98,8 +101,10 @@ def take_back(
             item = known.get((row["video"], row["frame"], row["track"]))
             verdict = _verdict(row, pose, tolerance_px)
             if item is None or (verdict == "accept" and not item.reasons): continue  # it was sure anyway
-            tally[verdict] += 1
-            if verdict == "accept" and item.key in decided: continue  # what was sent stands already
+            stands = verdict == "accept" and item.key in decided  # what was sent was decided already
+            untouched = verdict == "accept" and not stands and name not in done
+            tally["open" if untouched else verdict] += 1
+            if stands or untouched: continue
             words.append((item, verdict, pose["keypoints"], pose["category_id"]) if verdict == "fix" else (item, verdict, None, None))
         new = [p for p in poses if p["keypoints"][:, 2].any() and not any(p is pair for pair in pairs)]
         words += _drawn(rows[0], new, decided, known, tolerance_px)
@@ -124,7 +129,7 @@ def _drawn(row: dict, new: Sequence[dict], decided: dict[Key, dict], known: dict
 
 
 def _verdict(row: dict, pose: dict | None, tolerance_px: float) -> str:
-    if pose is None or not pose["keypoints"][:, 2].any(): return "reject"
+    if pose is None or not pose["keypoints"][:, 2].any(): return "absent"
     before, after = np.reshape(row["keypoints"], (-1, 3)), pose["keypoints"]
     seen = before[:, 2] > 0
     same = (before[:, 2] == after[:, 2]).all() and pose["category_id"] == row["category_id"]
@@ -152,10 +157,12 @@ def take_from_cvat(
     folder: Path | str,  # what `send_to_cvat` wrote
     xml: Path | str,  # CVAT 1.1 for images
     state: ReviewState,
-) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were added
+    *,
+    finished: Collection[str] | None = (),  # pictures on which what nobody touched is right; None for all
+) -> dict[str, int]:  # how many were accepted, fixed, found absent, newly added, and left open
     "Take what was corrected in CVAT as decisions."
     came = {Path(image["file_name"]).name: image["poses"] for image in read_cvat_skeletons(xml)}
-    return take_back(state, read_json(Path(folder) / "poses.json"), came)
+    return take_back(state, read_json(Path(folder) / "poses.json"), came, finished=finished)
 
 # %% ../../nbs/42c_exchange.ipynb #c028
 def label_studio_labels() -> str:  # XML
@@ -226,7 +233,9 @@ def take_from_label_studio(
     folder: Path | str,  # what `send_to_label_studio` wrote
     export: Path | str,  # Label Studio's JSON export
     state: ReviewState,
-) -> dict[str, int]:  # how many were accepted, fixed, rejected, and how many new ones were added
+    *,
+    finished: Collection[str] | None = None,  # pictures on which what nobody touched is right; None for all that were submitted
+) -> dict[str, int]:  # how many were accepted, fixed, found absent, newly added, and left open
     "Take what was corrected in Label Studio as decisions; of several annotations of a task, the last."
     came, tasks = {}, read_json(export)
     for i, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
@@ -235,4 +244,4 @@ def take_from_label_studio(
             if done: came[str(task["data"]["name"])] = _poses(done[-1]["result"])
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{export} task {i}: expected what Label Studio exports for labels.xml, got {e!r}") from None
-    return take_back(state, read_json(Path(folder) / "poses.json"), came)
+    return take_back(state, read_json(Path(folder) / "poses.json"), came, finished=finished)
