@@ -132,7 +132,8 @@ def find_gaps(
     "Find the frames in which a tool was probably overlooked."
     at = {f.index: i for i, f in enumerate(frames)}
     low, high = at[rows.frame.iloc[0]], at[rows.frame.iloc[-1]]
-    missing = [f for f in frames[low : high + 1] if f.index not in set(rows.frame)]
+    known = set(rows.frame)
+    missing = [f for f in frames[low : high + 1] if f.index not in known]
     for end, beyond in ((rows.iloc[0], frames[max(0, low - cfg.max_gap) : low]),
                         (rows.iloc[-1], frames[high + 1 : high + 1 + cfg.max_gap])):
         missing += [f for f in beyond if _inside(end, f) and tools.get(f.index, 0) < tools[end.frame]]
