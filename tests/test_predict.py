@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 
 import av
 import cv2
@@ -20,7 +21,7 @@ from surgpose.data.video import read_camera, read_video, video_info, write_video
 from surgpose.files import read_json
 from surgpose.pose import openvino
 from surgpose.pose import predict as rooms
-from surgpose.pose.model import find_weights
+from surgpose.pose.model import find_weights, load_model
 from surgpose.pose.predict import predict, read_predictions
 
 LOOSE = dict(conf=0.0, max_det=2, same_tool=1.0)
@@ -308,6 +309,26 @@ def test_without_openvino_torch_predicts_and_says_so(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert openvino.choose_backend("torch", "cpu") == "torch"
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_an_export_answers_as_the_network_does(trained_toy, tmp_path, capfd, form):
+    "By OpenVINO, which reads both; at two sizes that the export did not know."
+    import torch
+
+    if missing := [name for name in ("openvino", form) if not find_spec(name)]:
+        pytest.skip(f"{missing[0]} is not installed; it comes with the extra `fast`")
+    core = openvino.openvino().Core()
+    assert main(["export", "--format", form, "--weights", str(trained_toy), "--out", str(tmp_path)]) == 0
+    made = capfd.readouterr().out.strip()
+    assert {p.suffix for p in tmp_path.iterdir()} == ({".onnx"} if form == "onnx" else {".xml", ".bin"})
+    network = core.compile_model(core.read_model(made), "CPU", dict(INFERENCE_PRECISION_HINT="f32"))
+    ours = load_model(trained_toy).model.eval()
+    for h, w in ((96, 64), (64, 160)):
+        blob = np.random.default_rng(h).random((1, 3, h, w), np.float32)
+        with torch.inference_mode():
+            wanted = ours(torch.from_numpy(blob))[0].numpy()
+        np.testing.assert_allclose(network([blob])[0], wanted, atol=0.02)  # px
 
 
 def closest(a, b):

@@ -83,7 +83,8 @@ def export_network(
     source = shutil.copyfile(weights, folder / "net.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells of deprecated tracing
-        try: made = Path(ultralytics().YOLO(str(source)).export(format=form, imgsz=imgsz or yolo.trained_imgsz, dynamic=True, device=device, verbose=False))
+        plain = {} if form == "openvino" else dict(simplify=False)  # which would want onnxslim and onnxruntime
+        try: made = Path(ultralytics().YOLO(str(source)).export(format=form, imgsz=imgsz or yolo.trained_imgsz, dynamic=True, device=device, verbose=False, **plain))
         except (ModuleNotFoundError, ImportError) as e:
             raise RuntimeError(f"export: {form} needs the package {e.name}, which is not installed; pip install {e.name}") from None
     source.unlink()
