@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['WAYS', 'command_of', 'agreement', 'race', 'race_verdict', 'fig_race']
+__all__ = ['WAYS', 'AGREE', 'command_of', 'agreement', 'check_agreement', 'race', 'race_verdict', 'fig_race']
 
 # %% ../../nbs/35_speed.ipynb #c005
 WAYS = ("yolo", "surgpose")
@@ -59,6 +59,8 @@ def _timed(command: list[str]) -> tuple[float, float]:
     return seconds, sum(after[2:4]) - sum(before[2:4])
 
 # %% ../../nbs/35_speed.ipynb #c010
+AGREE = 0.9  # least share of frames with the same tools
+
 def agreement(
     labels: Path,  # folder of Ultralytics' texts, NAME_1.txt for the first frame
     predictions: Path,  # predictions.json
@@ -77,7 +79,16 @@ def agreement(
     return dict(frames=len(rows), yolo_tools=total[0], surgpose_tools=total[1], same_frames=equal / max(1, len(rows)),
                 median_px=float(np.median(gaps)) if gaps else float("nan"), max_px=float(max(gaps, default=float("nan"))))
 
-# %% ../../nbs/35_speed.ipynb #c014
+# %% ../../nbs/35_speed.ipynb #c012
+def check_agreement(
+    same: dict[str, float],  # of `agreement`
+) -> dict[str, float]:  # the same
+    "Refuse to time two ways that do not find the same."
+    if same["frames"] and same["same_frames"] >= AGREE: return same
+    raise RuntimeError(f"speed: expected the same tools in {100 * AGREE:.0f} % of the frames, got {100 * same['same_frames']:.0f} % "
+                       f"of {same['frames']}; are the image size and the thresholds the same for both?")
+
+# %% ../../nbs/35_speed.ipynb #c015
 def race(
     clip: Path,
     weights: Path | None = None,  # a trained checkpoint; the project's starter weights when absent
@@ -98,19 +109,20 @@ def race(
             out = Path(scratch) / f"{way}{n}"
             seconds, cpu = _timed(command_of(way, clip, weights, out, imgsz))
             rows.append(dict(way=way, seconds=seconds, cpu_seconds=cpu, frames_per_s=frames / seconds))
-        same = agreement(Path(scratch) / "yolo0" / "labels", Path(scratch) / "surgpose1")
+            if n == 1: same = check_agreement(agreement(Path(scratch) / "yolo0" / "labels", Path(scratch) / "surgpose1"))
     return pd.DataFrame(rows), pd.DataFrame([same])
 
-# %% ../../nbs/35_speed.ipynb #c015
+# %% ../../nbs/35_speed.ipynb #c016
 def race_verdict(
     table: pd.DataFrame,  # of `race`
     same: pd.Series | dict[str, float],  # its agreement
 ) -> str:
-    "Say which is faster, and whether they agree."
-    middle = table.groupby("way")[["frames_per_s", "cpu_seconds"]].median()
-    ratio = middle.frames_per_s["surgpose"] / middle.frames_per_s["yolo"]
+    "Say which is faster, and whether they agree; the range of the ratio takes the slowest run of one and the fastest of the other."
+    ways = table.groupby("way")
+    middle, least, most = ways[["frames_per_s", "cpu_seconds"]].median(), ways.frames_per_s.min(), ways.frames_per_s.max()
+    ratio, low, high = (a["surgpose"] / b["yolo"] for a, b in ((middle.frames_per_s, middle.frames_per_s), (least, most), (most, least)))
     return (f"From file to written predictions and overlay: {middle.frames_per_s['surgpose']:.1f} frames a second against "
-            f"{middle.frames_per_s['yolo']:.1f} by yolo predict ({ratio:.1f} times, n = {len(table) // 2} runs each; "
+            f"{middle.frames_per_s['yolo']:.1f} by yolo predict ({ratio:.1f} times, {low:.1f} to {high:.1f}; n = {len(table) // 2} runs each; "
             f"{middle.cpu_seconds['surgpose']:.1f} against {middle.cpu_seconds['yolo']:.1f} s of processor time). Both find the same "
             f"tools in {100 * same['same_frames']:.0f} % of {same['frames']:.0f} frames, with keypoints {same['median_px']:.2f} px apart in the median.")
 
