@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['FIT_PX', 'CAD_NAMES', 'VARIATIONS', 'cad_order', 'write_cad_order', 'ablate', 'read_ablation', 'ablation_table']
+__all__ = ['FIT_PX', 'CAD_NAMES', 'VARIATIONS', 'RECORDED', 'cad_order', 'write_cad_order', 'ablate', 'read_ablation',
+           'ablation_table', 'ablation_caption', 'ablation_verdict']
 
 # %% ../../nbs/30d_ablate.ipynb #c005
 FIT_PX = 1.0  # how far a label may lie from where its drawing says
@@ -92,9 +93,15 @@ VARIATIONS = {  # what is varied -> what changes in TrainConfig; CAD_NAMES chang
     "mosaic always": dict(mosaic=1.0),
     "no turns": dict(transpose=0.0, flipud=0.0),
     "full precision": dict(bfloat16=False),
+    "one image size": dict(multi_scale=0.0),
+    "batches of 16": dict(batch=16),
 }
 
 # %% ../../nbs/30d_ablate.ipynb #c018
+def _judged(run: Path) -> dict:
+    told = run / "provenance.json"
+    return read_json(run / "metrics.json") | {"training": read_json(told) if told.is_file() else {}}
+
 def _folder_name(variation: str) -> str: return variation.replace(" ", "_").replace(".", "")
 
 def _folders(out: Path, variation: str, seeds: Sequence[int]) -> dict[int, Path]:
@@ -110,11 +117,12 @@ def ablate(
     seed: int | Sequence[int] = 0,  # or several: a training for each
     device: str = "auto",
     progress: bool = True,
-) -> dict[str, list[dict]]:  # what was varied -> what metrics.json holds, for each seed; for `ablation_table`
+) -> dict[str, list[dict]]:  # what was varied -> what metrics.json and, as `training`, provenance.json hold, for each seed
     "Train and judge a network for each variation of a recipe."
     data, out, cfg, results = Path(data), Path(out), cfg or TrainConfig(), {}
     for name, change in (VARIATIONS if variations is None else variations).items():
         seen = data
+        if change and all(getattr(cfg, k) == v for k, v in change.items()): continue  # the recipe is like this already
         if name == CAD_NAMES:
             seen = out / "cad_names"
             if not (seen / "coco_annotations.json").is_file(): write_cad_order(data, seen)
@@ -123,34 +131,71 @@ def ablate(
             train(seen, run, TrainConfig.model_validate({**cfg.model_dump(), **change}), seed=k, device=device, progress=progress)
             if not (run / "metrics.json").is_file():
                 evaluate(run / "weights" / "best.pt", seen, run, EvaluateConfig(imgsz=cfg.imgsz), device=device, progress=progress)
-        results[name] = [read_json(run / "metrics.json") for run in folders.values()]
+        results[name] = [_judged(run) for run in folders.values()]
     return results
 
 # %% ../../nbs/30d_ablate.ipynb #c020
 def read_ablation(
     folder: Path | str,  # what `ablate` filled
-) -> dict[str, list[dict]]:  # what was varied -> what metrics.json holds, for each seed; what was not judged is left out
+) -> dict[str, list[dict]]:  # as of `ablate`; what was not judged is left out
     "Read the scores of an ablation."
     def of(name: str) -> list[Path]:
-        first, others = Path(folder) / name / "metrics.json", sorted(Path(folder).glob(f"{name}_seed_*/metrics.json"))
-        return [p for p in (first, *others) if p.is_file()]
-    found = {name: [read_json(p) for p in of(_folder_name(name))] for name in VARIATIONS}
+        runs = Path(folder) / name, *sorted(Path(folder).glob(f"{name}_seed_*"))
+        return [run for run in runs if (run / "metrics.json").is_file()]
+    found = {name: [_judged(run) for run in of(_folder_name(name))] for name in VARIATIONS}
     return {name: rows for name, rows in found.items() if rows}
 
 # %% ../../nbs/30d_ablate.ipynb #c024
+def _px(measured: dict, *names: str) -> float:
+    known = [measured.get("pixel", {}).get(n, {}).get("median_px") for n in names]
+    return float("nan") if None in known else float(np.mean(known))
+
 def ablation_table(
     results: dict[str, list[dict]],  # what was varied -> what `evaluate` returned, for each seed
-) -> pd.DataFrame:  # means over the seeds; with several of them their number, and the range of AP
+) -> pd.DataFrame:  # means over the seeds; with several of them their number, and the range of AP; px: medians, of both jaws their mean
     "Set the scores of trainings that differ in one thing beside each other."
     import pandas as pd
 
     def row(r: dict) -> dict:
         wide = r["lenient"]
         return {"n": r["n_images"], "AP": r["strict"]["AP"], "AP50": r["strict"]["AP50"], "AP (.2)": wide["AP"],
-                "(.2) low": wide.get("AP_low"), "(.2) high": wide.get("AP_high")}
+                "(.2) low": wide.get("AP_low"), "(.2) high": wide.get("AP_high"), "tip px": _px(r, "tip"), "jaws px": _px(r, "jaw_L", "jaw_R")}
     parts = {name: pd.DataFrame([row(r) for r in found]).astype(float) for name, found in results.items()}
     table = pd.DataFrame({name: part.mean() for name, part in parts.items()}).T
     for ap in ("AP", "AP (.2)"): table[f"{ap} change"] = table[ap] - table[ap].iloc[0]
     if all(len(part) == 1 for part in parts.values()): return table
     ends = {name: {"seeds": len(part), "AP lowest": part["AP"].min(), "AP highest": part["AP"].max()} for name, part in parts.items()}
     return table.join(pd.DataFrame.from_dict(ends, orient="index"))
+
+# %% ../../nbs/30d_ablate.ipynb #c029
+RECORDED = {"code_hash": "code", "data_hash": "labels", "images_hash": "images", "initial_weights": "initial weights", "device": "device", "seed": "seeds"}
+
+def ablation_caption(
+    results: dict[str, list[dict]],  # as of `read_ablation`
+) -> str:  # one or two sentences
+    "Say whether rows differ from the first in their setting alone."
+    made = {name: {k: sorted({str(r["training"].get(k)) for r in rows}) for k in RECORDED} for name, rows in results.items()}
+    first, *others = made.items()
+    if not all(r["training"] for rows in results.values() for r in rows): return "What made the rows is not recorded for all of them."
+    groups: dict[str, list[str]] = {}
+    for name, facts in others:
+        words = [w for k, w in RECORDED.items() if facts[k] != first[1][k] and (name, k) != (CAD_NAMES, "data_hash")]
+        if words: groups.setdefault(" and ".join(words), []).append(name)
+    if not groups: return "Each row differs from the first in one thing."
+    also = "; ".join(f"also in {words}: {', '.join(names)}" for words, names in groups.items())
+    return f"Not every row differs from the first in its setting alone, {also}."
+
+def ablation_verdict(
+    results: dict[str, list[dict]],  # as of `read_ablation`
+) -> list[str]:  # a sentence for each row behind the first
+    "Say which variations are further from the recipe than their intervals; rows are not paired."
+    def span(rows: list[dict]) -> tuple[float, float, float]:
+        known = [tuple(r["lenient"].get(k) for k in ("AP", "AP_low", "AP_high")) for r in rows]
+        mean, low, high = zip(*(tuple(np.nan if v is None else v for v in r) for r in known), strict=True)
+        return float(np.mean(mean)), min(low), max(high)
+    (ap, low, high), *others = (span(rows) for rows in results.values())
+    told = []
+    for name, (mine, least, most) in zip(list(results)[1:], others, strict=True):
+        apart = "are apart" if least > high or most < low else "overlap" if least <= high and most >= low else "are not known"
+        told.append(f"{name}: AP at the lenient sigma {mine:.3f}, {mine - ap:+.3f} against the recipe; the intervals {apart}.")
+    return told

@@ -9,18 +9,26 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..config import EvaluateConfig, project_root, shared_dir
-from ..files import atomic_write, read_json, write_json
-from .evaluate import data_facts, evaluate, is_measured, summary_row
+from ..data.cvat import TipTracks
+from ..files import read_json, write_json
+from .evaluate import data_facts, evaluate, is_measured, summary_row, truth_hash
+from .mistakes import shown
 from .model import find_weights, load_model
+from .results import worst_images
+from .tips import worst_tips
 from .truth import open_labelled
+from ..schema import CLASSES
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['labelled_sets', 'read_measured', 'measure_into', 'evaluate_elsewhere', 'read_evaluations', 'elsewhere_table',
-           'tip_table', 'false_table']
+__all__ = ['SIZE_COLUMNS', 'labelled_sets', 'read_measured', 'measure_into', 'evaluate_elsewhere', 'read_evaluations',
+           'elsewhere_table', 'tip_table', 'false_table', 'sizes_table', 'worst_elsewhere', 'losses_told', 'curve_told',
+           'calibration_told']
 
 # %% ../../nbs/34b_evaluations.ipynb #c005
 def labelled_sets(
@@ -52,8 +60,10 @@ def read_measured(
     imgsz = cfg.imgsz or load_model(weights).trained_imgsz
     return known if known["provenance"].get("imgsz") == imgsz else None
 
+def _found_path(path: Path) -> Path: return path.parent / "found" / path.name
+
 def measure_into(
-    path: Path | str,  # a .json file
+    path: Path | str,  # a .json file; what a user would see goes to found/ beside it
     weights: Path | str,  # checkpoint
     data: Path | str,  # as for `evaluate`
     cfg: EvaluateConfig,
@@ -68,9 +78,8 @@ def measure_into(
     if known: return known
     with tempfile.TemporaryDirectory() as scratch:
         result = evaluate(weights, data, scratch, cfg, device=device, progress=progress, **options)
-        drawn = Path(scratch) / "worst.jpg"
-        if drawn.is_file(): atomic_write(path.with_suffix(".jpg"), drawn.read_bytes())
-        else: path.with_suffix(".jpg").unlink(missing_ok=True)
+        seen = shown(read_json(Path(scratch) / "found.json"), cfg.threshold, cfg.same_tool)
+    write_json(_found_path(path), seen, indent=None)
     write_json(path, result)
     return result
 
@@ -126,3 +135,64 @@ def false_table(
     rows = [{"data": name, "n": f["n"], "threshold": f["threshold"], "false per image": f["per_image"], "low": f["low"],
              "high": f["high"], **f["of"]} for name, m in evaluations.items() if (f := m.get("false"))]
     return pd.DataFrame(rows, columns=None if rows else ["data", "n", "threshold", "false per image"])
+
+# %% ../../nbs/34b_evaluations.ipynb #c012
+SIZE_COLUMNS = ["data", "imgsz", "n", "AP", "AP low", "AP high", "AP (.2)", "box AP50", "PCK 5 %",
+                *(f"{tool} within 5 %" for tool in CLASSES), "false per image"]
+
+def sizes_table(
+    evaluations: dict[str, dict],  # name -> metrics
+) -> pd.DataFrame:  # some of `SIZE_COLUMNS`; tips alone have shares of tips
+    "Lay the scores at several image sizes out."
+    import pandas as pd
+
+    rows = [{"data": name, **row} for name, m in evaluations.items() for row in m.get("sizes") or []]
+    table = pd.DataFrame(rows).reindex(columns=SIZE_COLUMNS)
+    return table.dropna(how="all", subset=SIZE_COLUMNS[3:-1]).dropna(axis=1, how="all")
+
+# %% ../../nbs/34b_evaluations.ipynb #c018
+def worst_elsewhere(
+    run: Path | str,  # run folder, with evaluations/
+    name: str,  # of `labelled_sets`
+    n: int = 20,
+) -> np.ndarray | None:  # (H, W, 3) uint8 BGR; nothing where the pictures, or what was found in them, are not at hand
+    "Draw the frames of a set on which a network does worst."
+    path, sets = Path(run) / "evaluations" / f"{name}.json", labelled_sets()
+    if name not in sets or not _found_path(path).is_file(): return None
+    source, how = sets[name]
+    labelled, known = open_labelled(source, size=how.resize), read_json(path)["provenance"]
+    if (known["data_hash"], known.get("images_hash")) != (truth_hash(labelled), labelled.pixels_hash()): return None
+    found = read_json(_found_path(path))
+    if isinstance(labelled.truth, TipTracks): return worst_tips(labelled.frames(), labelled.truth, found, n=n, threshold=0.0)
+    return worst_images(labelled.truth, found, labelled, n=n, min_score=0.0)
+
+# %% ../../nbs/34b_evaluations.ipynb #c022
+def losses_told(
+    table: pd.DataFrame,  # results.csv by epoch
+) -> str:
+    "Say when the keypoints' loss on validation images was lowest."
+    place = table["val/pose_loss"] if "val/pose_loss" in table else table["epoch"][:0]
+    if not place.notna().any(): return f"Losses over {len(table)} epochs."
+    fall = 100 * (1 - place.min() / place.iloc[0])
+    return (f"On validation images the loss of the keypoints' places is lowest in epoch {table['epoch'][place.idxmin()]:.0f} of {len(table)}, "
+            f"{fall:.0f} % below the first.")
+
+def curve_told(
+    measured: dict,  # a metrics.json
+) -> str:
+    "Say how much of a lenient score is left at the strict sigma."
+    strict, wide = measured["strict"], measured["lenient"]
+    if not wide["AP"] or strict["AP"] is None: return f"Not even sigma {wide['sigma']:g} finds a tool's points."
+    return (f"Of the AP of {wide['AP']:.2f} at sigma {wide['sigma']:g}, {strict['AP']:.2f} is left at {strict['sigma']:g}, "
+            f"{100 * strict['AP'] / wide['AP']:.0f} %; the rest is tolerance.")
+
+def calibration_told(
+    measured: dict,  # a metrics.json
+) -> str:
+    "Say whether scores are too high, as the chance of a good box and of good points."
+    told = {"box": "a box that fits", "strict": f"points that fit at sigma {measured['strict']['sigma']:g}", "lenient": f"points at {measured['lenient']['sigma']:g}"}
+    parts = []
+    for name, c in measured["calibration"].items():
+        gap = sum(b["n"] * (b["score"] - b["right"]) for b in c["bins"]) / max(1, c["n"])
+        if c["n"]: parts.append(f"{abs(gap):.2f} too {'high' if gap > 0 else 'low'} for {told[name]}")
+    return f"As a chance, a score is on average {', '.join(parts)}." if parts else "No detection has a score worth the name."
