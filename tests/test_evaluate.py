@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -15,12 +17,13 @@ from surgpose.cli import main
 from surgpose.config import EvaluateConfig, shared_dir
 from surgpose.data.coco import new_coco, read_coco, write_coco
 from surgpose.data.cvat import TipTracks, write_cvat_tips
-from surgpose.data.video import write_video
+from surgpose.data.video import read_image, write_video
 from surgpose.data.yolo import write_yolo
 from surgpose.files import read_json
 from surgpose.pose.evaluate import across_sizes, evaluate, metrics, summary_row, tip_metrics
 from surgpose.pose.judge import PCK_SHARES
 from surgpose.pose.mistakes import calibration, confusion, confusion_by_image, pair_boxes, scored
+from surgpose.pose.model import build_model, write_weights
 from surgpose.pose.runs import runs_table
 from surgpose.pose.tips import false_tips, tip_errors
 from surgpose.pose.truth import load_truth, open_labelled
@@ -289,6 +292,32 @@ def test_command_line_measures_a_video_by_frames_or_by_tips(trained_toy, tmp_pat
     assert "--truth" in capsys.readouterr().err
 
 
+def test_comparing_two_networks_leaves_tables_and_figures(toy_dataset, trained_toy, tmp_path, capfd):
+    import torch
+
+    for name in ("before", "after"):
+        (tmp_path / name / "weights").mkdir(parents=True)
+    shutil.copyfile(trained_toy, tmp_path / "before" / "weights" / "best.pt")
+    with torch.random.fork_rng(devices=[]), pytest.warns(UserWarning, match="no initial weights"):
+        torch.manual_seed(5)
+        other = build_model()[0].model
+    write_weights(tmp_path / "after" / "weights" / "best.pt", other, dict(imgsz=96))
+    out = tmp_path / "out"
+    given = dict(before=tmp_path / "before", after=tmp_path / "after", data=toy_dataset, out=out)
+    given |= dict(device="cpu", imgsz=64, bootstrap=8, conf=0.0, max_det=3)
+    flags = [text for k, v in given.items() for text in (f"--{k.replace('_', '-')}", str(v))]
+    assert main(["compare", *flags]) == 0
+    said, compared = capfd.readouterr().err, read_json(out / "compare.json")
+    (one,) = compared["sets"]
+    assert len(one["curves"]) == 2 and all(row["low"] <= row["delta"] <= row["high"] for row in one["paired"])
+    rows = pd.read_csv(out / "synthetic_validation.csv")["metric"].tolist()
+    assert rows == [row["metric"] for row in one["paired"]] and "box AP" in rows
+    for end in ("deltas", "curves"):
+        assert min(read_image(out / f"synthetic_validation_{end}.png").shape[:2]) > 100
+    assert "synthetic validation, n = 4 images; low and high: 95 % interval of the difference" in said
+    assert all(row in said for row in rows)
+
+
 def test_sizes_make_rows(toy_dataset, trained_toy):
     table = across_sizes(trained_toy, toy_dataset, (32, 64), QUICK, device="cpu", progress=False)
     assert table["imgsz"].tolist() == [32, 64] and {"AP", "AP (.2)", "box AP50", "PCK 5 %"} <= set(table)
@@ -308,8 +337,8 @@ def test_the_committed_evaluations_name_the_network_and_hold_no_pictures():
     from surgpose.config import project_root
 
     folder = project_root() / "data" / "sample" / "run" / "evaluations"
-    assert {p.suffix for p in folder.iterdir()} == {".json"}
-    for p in folder.iterdir():
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json"}
+    for p in folder.glob("*.json"):
         got = read_json(p)
         assert (
             len(got["provenance"]["weights_sha256"]) == 64
