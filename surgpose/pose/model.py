@@ -127,24 +127,25 @@ def read_weights(
 SCRATCH, DOWNLOAD = "scratch", "download"
 
 def find_weights(
-    path: Path | str | None,  # a .pt file, the word scratch, the word download, or nothing
-    model: str = "yolov8n-pose",  # name of the network; picks the starter weights
-) -> Path | None:  # nothing: start from random numbers
-    "Choose the initial weights."
-    if path is not None and str(path) == SCRATCH: return None
-    if path is not None and str(path) == DOWNLOAD:
+    path: Path | str | None,  # a .pt file or nothing; for a training also the word scratch or the word download
+    model: str | None = None,  # name of the network that is to be trained; nothing where a trained one is wanted
+) -> Path | None:  # nothing: there are none, or a training is to start from random numbers
+    "Choose the weights that a training starts from, or those of a trained network."
+    if model and str(path) == SCRATCH: return None
+    if model and str(path) == DOWNLOAD:
         from surgpose.pose.download import fetch_weights, weights_cache
 
         return fetch_weights(model, weights_cache())
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: expected a .pt file of initial weights, there is none; "
-                                    f"leave it out to use the starter weights, or say {SCRATCH!r} or {DOWNLOAD!r}")
-        return Path(path)
+        if Path(path).is_file(): return Path(path)
+        what, words = "the checkpoint of a trained network, like RUN/weights/best.pt", ""
+        if model: what, words = "a .pt file of initial weights", f", or say {SCRATCH!r} or {DOWNLOAD!r}"
+        raise FileNotFoundError(f"{path}: expected {what}, there is none; leave it out to use the starter weights{words}")
     try: starters = project_root() / "data" / "weights"
     except FileNotFoundError: return None
-    size = Path(model).stem.removesuffix("-pose")[-1:]
-    return next((p for p in [starters / f"surgpose-{size}.pt"] if p.is_file() and "v8" in model), None)
+    name = model or "yolov8n-pose"
+    size = Path(name).stem.removesuffix("-pose")[-1:]
+    return next((p for p in [starters / f"surgpose-{size}.pt"] if p.is_file() and "v8" in name), None)
 
 # %% ../../nbs/30a_model.ipynb #c030
 def _name_outputs(model: Any) -> None:
@@ -174,7 +175,8 @@ def build_model(
 
     try: yolo = YOLO(model if model.endswith((".yaml", ".yml")) else f"{model}.yaml", task="pose")
     except (FileNotFoundError, ValueError, KeyError) as e:
-        raise ValueError(f"model: expected a pose model like yolov8n-pose, or its YAML, got {model!r} ({e})") from None
+        more = "; give it as weights_init, and the network's name as model" if model.endswith(".pt") else f" ({e})"
+        raise ValueError(f"model: expected a pose model like yolov8n-pose, or its YAML, got {model!r}{more}") from None
     kpt_shape = [len(KEYPOINTS), 3]
     source = _tensors(weights)
     yolo.model = PoseModel(yolo.model.yaml, nc=len(CLASSES), data_kpt_shape=kpt_shape, verbose=False)
@@ -184,7 +186,7 @@ def build_model(
     carried = set() if weights is None else _carry_over(yolo.model, source, weights)
     if weights is None:
         warnings.warn(f"{model}: no initial weights, so training starts from random numbers and needs far more "
-                      "images and epochs; name some with weights_init", stacklevel=2)
+                      "images and epochs; name some with weights_init, or say weights_init=download", stacklevel=2)
     return yolo, carried
 
 # %% ../../nbs/30a_model.ipynb #c035
@@ -198,6 +200,7 @@ def write_weights(
     from copy import deepcopy
 
     model = deepcopy(model).half().cpu().to(memory_format=torch.contiguous_format)
+    for v in filter(torch.is_floating_point, model.state_dict().values()): v.clamp_(-65504, 65504)  # the largest, not infinity
     model.criterion, model.pt_path = None, Path(path).name
     model.args = dict(task="pose", imgsz=facts["imgsz"])
     for p in model.parameters(): p.requires_grad = False
@@ -211,7 +214,7 @@ def load_model(
     weights: Path | str,  # a checkpoint of a network trained on the schema's classes and keypoints
 ) -> YOLO:
     "Load a network for prediction."
-    data = read_weights(weights)
+    data = read_weights(find_weights(weights))
     hint = "train with it as weights_init first"
     if "model" not in data: raise ValueError(f"{weights}: expected a trained checkpoint, got a state dict; {hint}")
     names, shape = list(data["model"].names.values()), list(data["model"].yaml.get("kpt_shape") or [0])

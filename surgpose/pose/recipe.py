@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..config import TrainConfig
+from ..files import atomic_path
 from .head import head_width, ladder_loss, set_head_width
 from .model import ultralytics
 from ..schema import FLIP_IDX
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SHRINK_UNTIL', 'sigma_at', 'losses_of', 'set_sigma', 'sigma_of', 'transpose_batch', 'boost_groups', 'fresh_head',
-           'dataset_facts', 'trainer_class', 'ultralytics_settings', 'leads', 'Progress', 'Curves']
+           'dataset_facts', 'seed_epoch', 'trainer_class', 'ultralytics_settings', 'leads', 'Progress', 'Curves']
 
 # %% ../../nbs/30b_recipe.ipynb #c005
 SHRINK_UNTIL = 0.7  # share of the epochs after which the sigma rests
@@ -119,16 +122,44 @@ def dataset_facts(
             "train": absolute(data["train"]), "val": absolute(data["val"])}
 
 # %% ../../nbs/30b_recipe.ipynb #c029
-def _save_whole(trainer: Any, save: Callable[[], bool]) -> bool:
-    places = trainer.last, trainer.best
-    trainer.last, trainer.best = (p.with_suffix(".tmp") for p in places)
-    try: saved = save()
-    finally: written, (trainer.last, trainer.best) = (trainer.best, trainer.last), places
-    for tmp, place in zip(written, reversed(places), strict=True):
-        if tmp.exists(): os.replace(tmp, place)
-    return saved
+def seed_epoch(
+    trainer: Any,  # at the start of an epoch
+) -> None:
+    "Begin all random numbers anew, from the seed, the epoch and the process."
+    import numpy as np
+    import torch
 
-# %% ../../nbs/30b_recipe.ipynb #c030
+    loader, process = trainer.train_loader, int(os.environ.get("RANK", "-1")) + 1
+    words = np.random.SeedSequence((trainer.args.seed, trainer.epoch, process)).generate_state(4).tolist()
+    begin = random.seed, np.random.seed, torch.manual_seed, loader.generator.manual_seed
+    for start, word in zip(begin, words, strict=True): start(word)
+    if not loader.num_workers: loader.reset()  # processes of its own would be started anew each time
+
+# %% ../../nbs/30b_recipe.ipynb #c033
+def _save(trainer: Any) -> bool:
+    import torch
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    average = deepcopy(trainer.ema.ema)
+    average.criterion = None
+    found = dict(epoch=trainer.epoch, ema=average)
+    state = dict(network=unwrap_model(trainer.model).state_dict(), updates=trainer.ema.updates,
+                 optimizer=trainer.optimizer.state_dict(), best_fitness=float(trainer.best_fitness),
+                 train_args=vars(trainer.args), seconds=time.time() - trainer.train_time_start,
+                 ready=list(trainer.train_loader.dataset.buffer))
+    if trainer.fitness == trainer.best_fitness:
+        with atomic_path(trainer.best) as tmp: torch.save(found, tmp)
+    with atomic_path(trainer.last) as tmp: torch.save({**found, **state}, tmp)
+    return True
+
+def _restore(trainer: Any, checkpoint: dict) -> None:
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    if "network" not in checkpoint: return  # Ultralytics' own, as an older version kept it: near, not the same
+    unwrap_model(trainer.model).load_state_dict(checkpoint["network"])
+    for i in checkpoint["ready"]: trainer.train_loader.dataset.load_image(i)
+
+# %% ../../nbs/30b_recipe.ipynb #c035
 def trainer_class(
     cfg: TrainConfig,
     carried: set[str],  # names of the tensors that came with the initial weights
@@ -167,14 +198,18 @@ def trainer_class(
             return type(plain)(boost_groups(plain.param_groups, fresh, cfg.head_lr), fused=self.device.type == "cpu")
 
         def save_model(self) -> bool:
-            return _save_whole(self, super().save_model)
+            return _save(self)
+
+        def resume_training(self, ckpt: dict | None) -> None:
+            super().resume_training(ckpt)
+            if self.resume: _restore(self, ckpt)
 
         def final_eval(self) -> None:
             "Leave out Ultralytics' second validation of the best network: `pose.evaluate` does that."
 
     return ToolTrainer
 
-# %% ../../nbs/30b_recipe.ipynb #c033
+# %% ../../nbs/30b_recipe.ipynb #c038
 def ultralytics_settings(
     cfg: TrainConfig,
     seed: int = 0,
@@ -190,12 +225,12 @@ def ultralytics_settings(
         fliplr=cfg.fliplr, flipud=cfg.flipud, scale=cfg.scale, translate=cfg.translate, mosaic=cfg.mosaic,
         close_mosaic=cfg.epochs // 5, hsv_h=hsv_h, hsv_s=hsv_s, hsv_v=hsv_v, exist_ok=True)
 
-# %% ../../nbs/30b_recipe.ipynb #c037
+# %% ../../nbs/30b_recipe.ipynb #c042
 def leads() -> bool:  # false in all processes but one of a training on several GPUs
     "Tell whether this process speaks for the training."
     return os.environ.get("RANK", "-1") in ("-1", "0")
 
-# %% ../../nbs/30b_recipe.ipynb #c038
+# %% ../../nbs/30b_recipe.ipynb #c043
 class Progress:
     "A bar that follows a training through Ultralytics' callbacks."
 
@@ -223,7 +258,7 @@ class Progress:
     def teardown(self, trainer: Any) -> None:
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/30b_recipe.ipynb #c042
+# %% ../../nbs/30b_recipe.ipynb #c047
 class Curves:
     "Event files for TensorBoard, written through Ultralytics' callbacks."
 

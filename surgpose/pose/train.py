@@ -23,10 +23,10 @@ from ..files import (atomic_write, code_hash, hash_data, hash_files, lock_folder
                             write_json)
 from .model import (build_model, find_weights, lacks_memory, memory_in_use, model_sha, read_weights, resolve_device,
                                  write_weights)
-from .recipe import (Curves, Progress, dataset_facts, fresh_head, set_sigma, sigma_at, trainer_class,
-                                  ultralytics_settings)
+from .recipe import (Curves, Progress, dataset_facts, fresh_head, seed_epoch, set_sigma, sigma_at,
+                                  trainer_class, ultralytics_settings)
 from .precision import fast_bfloat16, loss_in_full, wants_bfloat16
-from ..schema import CLASSES
+from ..schema import CLASSES, FLIP_IDX, SIGMAS
 
 if TYPE_CHECKING:
     from ultralytics import YOLO
@@ -124,9 +124,13 @@ def _adopt_yolo(data_yaml: Path, target: Path) -> None:
     facts = dataset_facts(data_yaml.resolve())
     if list(facts["names"].values()) != list(CLASSES):
         raise ValueError(f"{data_yaml}: expected the classes {', '.join(CLASSES)} in this order, got {facts['names']}")
+    if (told := facts.get("flip_idx") or list(FLIP_IDX)) != list(FLIP_IDX):
+        raise ValueError(f"{data_yaml}: expected flip_idx {list(FLIP_IDX)}, got {told}; mend it, or mirrored jaws keep the "
+                         "wrong names")
     for stale in facts["path"].rglob("*.cache"):  # Ultralytics trusts them by file sizes, and runs code in them
         if stale.with_suffix("").is_dir(): stale.unlink()
-    facts = {**{k: v for k, v in facts.items() if k != "yaml_file"}, "path": str(facts["path"])}
+    facts = {**{k: v for k, v in facts.items() if k != "yaml_file"}, "path": str(facts["path"]),
+             "flip_idx": list(FLIP_IDX), "kpt_oks_sigmas": list(SIGMAS)}
     atomic_write(target, yaml.safe_dump(facts))
 
 # %% ../../nbs/30_train.ipynb #c020
@@ -139,8 +143,8 @@ def _first_network(cfg: TrainConfig, weights: Path | None, seed: int) -> tuple[Y
 
 def _prepare(
     work: Path, data: Path, splits: dict, cfg: TrainConfig, network: tuple[YOLO, set[str]] | None
-) -> tuple[set[str], int, int]:
-    "Lay out dataset and initial network; tell what carried over, of how many tensors, and how many epochs are done."
+) -> tuple[set[str], int, int, float]:
+    "Lay out dataset and network; tell what carried over, of how many tensors, and how many epochs took how many seconds."
     last, start = _last(work.parent), work / "start.json"
     if network and not last.is_file():
         shutil.rmtree(work, ignore_errors=True)
@@ -150,14 +154,14 @@ def _prepare(
         yolo, carried = network
         write_weights(work / "start.pt", yolo.model, dict(imgsz=cfg.imgsz))
         write_json(start, dict(carried=sorted(carried), total=len(yolo.model.state_dict())))
-    known = read_json(start)
-    done = int(read_weights(last)["epoch"]) + 1 if last.is_file() else 0
-    return set(known["carried"]), known["total"], done
+    known, state = read_json(start), read_weights(last) if last.is_file() else dict(epoch=-1)
+    return set(known["carried"]), known["total"], int(state["epoch"]) + 1, state.get("seconds", 0.0)
 
 # %% ../../nbs/30_train.ipynb #c022
 def _begin_epoch(trainer: Any, cfg: TrainConfig, carried: set[str]) -> None:
     from ultralytics.utils.torch_utils import unwrap_model
 
+    seed_epoch(trainer)
     model = unwrap_model(trainer.model)
     set_sigma(model, sigma_at(trainer.epoch, cfg, fresh=bool(fresh_head(model, carried))), cfg.sigma_end)
     loss_in_full(model)
@@ -169,11 +173,12 @@ def _stop_at_nan(trainer: Any, cfg: TrainConfig) -> None:
                                f"(now {cfg.lr0:g}) and choose a new folder")
 
 # %% ../../nbs/30_train.ipynb #c024
-def _check_resumed(trainer: Any, done: int) -> None:
+def _take_up(trainer: Any, done: int, spent: float) -> None:
     steps = [float(s.get("step", 0)) for s in trainer.optimizer.state.values()]
-    if trainer.start_epoch == done and steps and max(steps) > 0: return
-    raise RuntimeError(f"{trainer.last}: expected the state after epoch {done} to go on from, got epoch "
-                       f"{trainer.start_epoch} and {len(steps)} moments of the optimiser; choose another folder")
+    if not (trainer.start_epoch == done and steps and max(steps) > 0):
+        raise RuntimeError(f"{trainer.last}: expected the state after epoch {done} to go on from, got epoch "
+                           f"{trainer.start_epoch} and {len(steps)} moments of the optimiser; choose another folder")
+    trainer.train_time_start -= spent  # the clock goes on
 
 # %% ../../nbs/30_train.ipynb #c025
 def _explain(error: Exception, cfg: TrainConfig, device: str) -> RuntimeError | None:
@@ -185,7 +190,9 @@ def _explain(error: Exception, cfg: TrainConfig, device: str) -> RuntimeError | 
                         f"train.batch to {max(1, cfg.batch // 2)}, or lower train.imgsz, and choose a new folder")
 
 # %% ../../nbs/30_train.ipynb #c028
-def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: dict, progress: bool) -> None:
+def _fit(
+    work: Path, cfg: TrainConfig, carried: set[str], done: int, spent: float, settings: dict, progress: bool
+) -> None:
     last = _last(work.parent)
     start = dict(resume=str(last), model=str(last)) if done else dict(model=str(work / "start.pt"))
     settings = {**settings, **start, "data": str(work / "yolo" / "data.yaml"), "save_dir": str(work / "run")}
@@ -193,7 +200,7 @@ def _fit(work: Path, cfg: TrainConfig, carried: set[str], done: int, settings: d
     for follower in (Progress(progress), Curves(work.parent / "tensorboard")):
         for event in ("on_train_start", "on_train_batch_end", "on_fit_epoch_end", "teardown"):
             if hasattr(follower, event): trainer.add_callback(event, getattr(follower, event))
-    if done: trainer.add_callback("on_train_start", functools.partial(_check_resumed, done=done))
+    if done: trainer.add_callback("on_train_start", functools.partial(_take_up, done=done, spent=spent))
     trainer.add_callback("on_train_epoch_end", functools.partial(_stop_at_nan, cfg=cfg))
     trainer.add_callback("on_train_epoch_start", functools.partial(_begin_epoch, cfg=cfg, carried=carried))
     try: trainer.train()
@@ -244,11 +251,11 @@ def train(
         _claim_folder(out, facts)
         if (out / "provenance.json").is_file(): return out
         work = out / "training"
-        carried, total, done = _prepare(work, Path(data), splits, cfg, network)
-        if done < cfg.epochs: _fit(work, cfg, carried, done, ultralytics_settings(cfg, seed, device), progress)
+        carried, total, done, spent = _prepare(work, Path(data), splits, cfg, network)
+        if done < cfg.epochs: _fit(work, cfg, carried, done, spent, ultralytics_settings(cfg, seed, device), progress)
         more = dict(data=Path(data).name, device=device, images=len(splits["train"]["images"]),
                     bfloat16=cfg.bfloat16 and fast_bfloat16(device), resumed_after_epochs=done, tensors=total,
                     tensors_carried=len(carried), initial_weights=weights.name if weights else "scratch",
-                    seconds=round(time.monotonic() - started, 1))
+                    seconds=round(spent + time.monotonic() - started, 1))
         _finish(out, work, cfg, facts, more)
     return out
