@@ -79,7 +79,7 @@ def measure_into(
     with tempfile.TemporaryDirectory() as scratch:
         result = evaluate(weights, data, scratch, cfg, device=device, progress=progress, **options)
         seen = shown(read_json(Path(scratch) / "found.json"), cfg.threshold, cfg.same_tool)
-    write_json(_found_path(path), seen, indent=None)
+    write_json(_found_path(path), dict(provenance=result["provenance"], found=seen), indent=None)
     write_json(path, result)
     return result
 
@@ -160,9 +160,10 @@ def worst_elsewhere(
     path, sets = Path(run) / "evaluations" / f"{name}.json", labelled_sets()
     if name not in sets or not _found_path(path).is_file(): return None
     source, how = sets[name]
-    labelled, known = open_labelled(source, size=how.resize), read_json(path)["provenance"]
+    labelled, known, seen = open_labelled(source, size=how.resize), read_json(path)["provenance"], read_json(_found_path(path))
     if (known["data_hash"], known.get("images_hash")) != (truth_hash(labelled), labelled.pixels_hash()): return None
-    found = read_json(_found_path(path))
+    if seen["provenance"] != known: return None  # found by another network
+    found = seen["found"]
     if isinstance(labelled.truth, TipTracks): return worst_tips(labelled.frames(), labelled.truth, found, n=n, threshold=0.0)
     return worst_images(labelled.truth, found, labelled, n=n, min_score=0.0)
 
