@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_notebooks import looked_at
 
 from surgpose import doctor
 from surgpose.cli import main, parse_verb
@@ -237,6 +238,7 @@ def test_files_of_two_people_become_one_and_tell_where_they_differ(tmp_path):
         (["train"], "--data"),  # something is missing
         (["run", "-p", "train.epcohs=3"], "did you mean 'epochs'"),
         (["run", "-p", "trian.epochs=3"], "no section 'trian'"),
+        (["run", "-p", "train.epochs=["], "train.epochs: expected a YAML value"),
         (["run", "-p", "train.epochs"], "expected phase.key=value"),
         (["run", "-p", "render.strategy_mix={studoi: 1}"], "studoi"),
         (["run", "--only", "trian"], "did you mean 'train'"),
@@ -245,10 +247,12 @@ def test_files_of_two_people_become_one_and_tell_where_they_differ(tmp_path):
         (["merge", "a.jsonl", "--out", "b.jsonl"], "two files or more"),
         (["report", "21_stats"], "did you mean '20_stats'"),
         (["report", "20_stats", "-p", "run_dri=x"], "did you mean 'run_dir'"),
+        (["report", "20_stats", "-p", "limit=["], "parameter limit: expected a YAML value"),
         (["report", "20_stats", "-p", "run_dir"], "expected name=value"),
     ],
 )
-def test_bad_usage_is_2(args, told):
+def test_bad_usage_is_2(args, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJ_OUT", str(tmp_path))
     done = command(*args)
     assert (done.code, done.out) == (2, "") and told in done.err and "Traceback" not in done.err
 
@@ -298,8 +302,13 @@ class Slow(cli.Verb):
     "Wait."
     def run(self):
         print("noise"); os.system("echo noise from below")
-        print("ready", file=sys.stderr, flush=True)
-        time.sleep(float(os.environ["WAIT"]))
+        try:
+            print("ready", file=sys.stderr, flush=True)
+            time.sleep(float(os.environ["WAIT"]))
+        except KeyboardInterrupt:
+            print("tidying up", file=sys.stderr, flush=True)
+            time.sleep(float(os.environ["TIDY"]))
+            raise
         return "result"
 cli.VERBS["slow"] = Slow
 sys.argv = ["surgpose", "slow"]
@@ -308,11 +317,11 @@ sys.exit(cli.main())
 
 
 @contextlib.contextmanager
-def slow_verb(seconds: float) -> Iterator[subprocess.Popen]:
-    env = {**os.environ, "WAIT": str(seconds)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUB], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def slow_verb(seconds: float, tidy: float = 0, first: str = "") -> Iterator[subprocess.Popen]:
+    "A verb that takes its time; `first` is what the process does before anything else."
+    env = {**os.environ, "WAIT": str(seconds), "TIDY": str(tidy)}
+    words = [sys.executable, "-c", first + STUB]
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -326,14 +335,39 @@ def test_only_the_result_goes_to_stdout():
     assert (process.returncode, out) == (0, "result\n") and err.count("noise") == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def heard(process: subprocess.Popen, word: str) -> None:
+    "Wait for a word."
+    while word not in process.stderr.readline():
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_it_with_its_code(number, code):
     with slow_verb(60) as process:
-        while "ready" not in process.stderr.readline():
-            assert process.poll() is None
+        heard(process, "ready")
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "") and "Traceback" not in err
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with slow_verb(60, tidy=600) as process:
+        heard(process, "ready")
+        process.send_signal(signal.SIGINT)
+        heard(process, "tidying up")
+        process.send_signal(signal.SIGTERM)  # the first one is being heeded
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    first = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    with slow_verb(1, first=first) as process:
+        heard(process, "ready")
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=60)[0] == "result\n" and process.returncode == 0
 
 
 def test_doctor_fails_only_for_what_is_essential(monkeypatch):
@@ -437,6 +471,8 @@ def test_the_verbs_pass_their_results_on(rendered, clip, tmp_path):
     )
     assert [s["name"] for s in compared["sets"]] == ["synthetic validation", "labelled clip"]
     assert all(s["rows"][0]["metric"] == "AP" and s["n"] for s in compared["sets"])
+    names = [s["name"].replace(" ", "_") for s in compared["sets"]]
+    assert all((tmp_path / "compare" / f"{name}.csv").is_file() for name in names)
 
 
 # The whole run
@@ -477,6 +513,7 @@ def test_run_leaves_an_index_that_needs_no_network(finished):
     links = re.findall(r'(?:href|src)="(?!data:)([^"]+)"', index)
     assert links and all((finished.out / link).is_file() for link in links)
     assert index.count("<script") == 1 and "Not everything finished" not in index
+    assert looked_at(finished.out / "index.html", *finished.out.glob("*.mp4")) == []
 
 
 def test_a_second_run_skips_what_is_finished(finished, arguments):
