@@ -19,11 +19,11 @@ from surgpose.data.coco import new_coco, read_coco, write_coco
 from surgpose.data.cvat import TipTracks, write_cvat_tips
 from surgpose.data.video import read_image, write_video
 from surgpose.data.yolo import write_yolo
-from surgpose.files import read_json
+from surgpose.files import read_json, sha256_file
 from surgpose.pose.evaluate import across_sizes, evaluate, metrics, summary_row, tip_metrics
 from surgpose.pose.judge import PCK_SHARES
 from surgpose.pose.mistakes import calibration, confusion, confusion_by_image, pair_boxes, scored
-from surgpose.pose.model import build_model, write_weights
+from surgpose.pose.model import build_model, read_weights, write_weights
 from surgpose.pose.runs import runs_table
 from surgpose.pose.tips import false_tips, tip_errors
 from surgpose.pose.truth import load_truth, open_labelled
@@ -333,18 +333,24 @@ def test_runs_verb_prints_the_table_and_writes_it(tmp_path, capsys):
     assert main(["runs", str(tmp_path / "none")]) != 0
 
 
-def test_the_committed_evaluations_name_the_network_and_hold_no_pictures():
+def test_the_shipped_network_its_card_and_its_scores_belong_together():
+    import torch
+
     from surgpose.config import project_root
 
-    folder = project_root() / "data" / "sample" / "run" / "evaluations"
-    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json"}
-    for p in folder.glob("*.json"):
-        got = read_json(p)
-        assert (
-            len(got["provenance"]["weights_sha256"]) == 64
-            and got["n_images"] > 1
-            and got["false"]["per_image"] >= 0
-        )
+    data = project_root() / "data"
+    shipped, run = data / "weights" / "surgpose-n.pt", data / "sample" / "run"
+    assert shipped.stat().st_size < 8e6
+    state = read_weights(shipped)["model"].state_dict().values()
+    assert {t.dtype for t in state if t.is_floating_point()} == {torch.float16}
+    assert {p.suffix for p in (run / "evaluations").rglob("*") if p.is_file()} == {".json"}, "no pictures"
+    told = [read_json(p) for p in (run / "metrics.json", *(run / "evaluations").glob("*.json"))]
+    assert {m["provenance"]["weights_sha256"] for m in told} == {sha256_file(shipped)}
+    assert all(m["n_images"] > 1 and m["false"]["per_image"] >= 0 for m in told)
+    card = (shipped.parent / "README.md").read_text()
+    assert sha256_file(shipped) in card and read_json(run / "provenance.json")["config_hash"] in card
+    for part in ("strict", "lenient"):
+        assert f"{told[0][part]['AP']:.3f}".removeprefix("0") in card
 
 
 @pytest.mark.skipif(shared_dir() is None, reason="the shared footage is not here")

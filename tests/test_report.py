@@ -221,12 +221,13 @@ def test_every_report_with_real_pictures_can_do_without(tmp_path):
     shutil.copytree(sample / "run", run / "teacher")
     for path in (run / "teacher" / "metrics.json", *(run / "teacher" / "evaluations").glob("*.json")):
         write_json(path, {k: v for k, v in read_json(path).items() if k != "sizes"})
-    shutil.copyfile(project_root() / "data/pictures/video.jpg", run / "teacher/evaluations/real_suture.jpg")
+    measured = read_json(run / "teacher/evaluations/real_suture.json")["provenance"]
+    write_json(run / "teacher/evaluations/found/real_suture.json", dict(provenance=measured, found=[]))
     atomic_write(run / "config.yaml", config_yaml(override(profile("demo"), ["report.embed_frames=false"])))
     page = run_report("30_train", tmp_path, dict(run_dir=str(run), worst=1))
     assert read_json(page.with_suffix(".json"))["status"] == "ok"
     text = html.unescape(page.read_text())
-    assert "Worst of" not in text
+    assert "real suture: the" not in text and "proxy clip: the" in text
     (advice,) = re.findall(r"surgpose (evaluate .*) --sizes 416 640 960", text)
     verb = parse_verb("evaluate", shlex.split(advice)[1:])
     assert (verb.data, verb.out) == (run / "synthetic", run / "teacher")
