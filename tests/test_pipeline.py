@@ -326,7 +326,12 @@ def test_numbers_of_other_settings_are_not_compared(trained_toy, toy_dataset, tm
 
 def test_a_comparison_sees_the_film_as_it_is_told(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(measure, "compare_runs", lambda *args, predict, **more: asked.append(predict))
+
+    def compared(*args, predict, **more):
+        asked.append(predict)
+        return dict(verdict="", sets=[])
+
+    monkeypatch.setattr(measure, "compare_runs", compared)
     words = ["--before", "a", "--after", "b", "--video", "v.mp4", "--out", str(tmp_path)]
     assert main(["compare", *words, "--imgsz", "640", "--iou", "0.7", "--max-det", "3"]) == 0
     assert (asked[0].imgsz, asked[0].iou, asked[0].max_det) == (640, 0.7, 3)
