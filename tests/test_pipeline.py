@@ -177,7 +177,7 @@ def answers(out: Path) -> dict:
     return dict(numbers=numbers, compared=read_json(out / "compare.json")["sets"])
 
 
-@pytest.mark.skipif(not os.environ.get("SURGPOSE_SLOW"), reason="half an hour long; SURGPOSE_SLOW=1 runs it")
+@pytest.mark.skipif(not os.environ.get("SURGPOSE_SLOW"), reason="seven minutes long; SURGPOSE_SLOW=1 runs it")
 def test_the_demo_killed_five_times_ends_in_the_same_numbers(tmp_path):
     program = [Path(sys.executable).with_name("surgpose"), "run", "--device", "cpu", "--out"]
     begun = time.monotonic()
