@@ -74,13 +74,13 @@ class Evaluate(ProfileVerb):
     Example: surgpose evaluate --weights runs/first/weights/best.pt --data data/mine --out runs/first
     """
     data: Path  # dataset folder, data.yaml, folder with images/ and labels/ of boxes, or a video
-    weights: Path | None = None  # checkpoint of a trained network; the one in data/weights when absent
+    weights: Weights = None
     evaluate: Annotated[EvaluateConfig, Flat] = EvaluateConfig()
     truth: Path | None = None  # labels that do not lie beside a video (clip_coco.json, clip.xml): COCO JSON, CVAT XML
     split: Literal["val", "train", "all"] = "val"  # which images of the dataset
     elsewhere: bool = False  # measure on the sample clip and on the shared real footage as well, into evaluations/
     out: Out = None  # folder for metrics.json; `evaluation` under PROJ_OUT or reports/ when absent
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    device: Device = "auto"
 
     def run(self) -> Path:
         from surgpose.pose.evaluations import evaluate, evaluate_elsewhere
@@ -166,7 +166,7 @@ class Compare(ProfileVerb):
     truth: Path | None = None  # its labels, COCO JSON or CVAT XML; found beside the video when absent
     evaluate: Annotated[EvaluateConfig, Flat] = EvaluateConfig()
     out: Out = None  # folder for compare.json, tables and figures; `compare` under PROJ_OUT or reports/ when absent
-    device: str = "auto"  # auto, cpu, a GPU's number, or several like 0,1
+    device: Device = "auto"
 
     def run(self) -> Path:
         from surgpose.measure import compare_runs

@@ -134,9 +134,9 @@ def _unreviewed(labels: dict, reviewed: Collection[int], out: Path, truth: Path 
     raise ValueError(f"{truth}: expected labelled frames beyond the {len(reviewed)} that the person looks at, got none; lower review")
 
 
-def _learn(adapt: Callable[..., Path], rung: str, seed: int, data: Path, folder: Path, precision: float, gain: Callable) -> dict:
+def _learn(adapt: Callable[..., Path], seed: int, data: Path, folder: Path, precision: float, gain: Callable) -> dict:
     facts = read_json(adapt(data, folder, seed=seed) / "refine.json")
-    return dict(rung=rung, seed=seed, frames=facts["mix"]["pseudo_frames"], labels=facts["mix"]["pseudo_labels"],
+    return dict(seed=seed, frames=facts["mix"]["pseudo_frames"], labels=facts["mix"]["pseudo_labels"],
                 precision=None if np.isnan(precision) else precision, reason=facts["reason"], gain=gain(folder),
                 scores={g["set"]: g["refined"] for g in facts["gate"]})
 
@@ -153,7 +153,7 @@ def run_ablation(
     video: Path | str,  # what the candidates were found on
     pseudo: Path | str,  # folder of proposed labels: candidates.json, and all/ with the teacher's predictions
     truth: Path | str,  # COCO labels of the video, for measuring alone
-    out: Path | str,  # folder for ablation.json, a dataset per rung, and a run folder per rung and seed
+    out: Path | str,  # folder for ablation.json, a dataset per rung, and a run folder per set of labels and seed
     train_cfg: TrainConfig | None = None,  # the teacher's recipe
     cfg: RefineConfig | None = None,
     *,
@@ -184,9 +184,9 @@ def run_ablation(
         data = pseudo_dataset(video, found, said, out / f"labels_{n}", progress=progress)
         right, labelled = label_precision(apply_decisions(found, said), labels), sha256_file(data / "coco_annotations.json")
         for seed in seeds:
-            folder = out / f"rung_{n}_seed_{seed}_{hash_data([*lesson, labelled])[:8]}"
-            learn = partial(_learn, adapt, rung, seed, data, folder, right, partial(_gain, measured, out / "teacher", evaluate_cfg.bootstrap))
-            rows.append(_kept(folder / "row.json", hash_data([*start, labelled, rung]), learn))
+            folder = out / f"labels_{hash_data([*lesson, labelled])[:8]}_seed_{seed}"  # rungs with equal labels share it
+            learn = partial(_learn, adapt, seed, data, folder, right, partial(_gain, measured, out / "teacher", evaluate_cfg.bootstrap))
+            rows.append(dict(rung=rung) | _kept(folder / "row.json", hash_data([*start, labelled]), learn))
     done = dict(teacher=before, rows=rows, frames=len(measured["images"]), video=Path(video).name, review=review,
                 measured_frames=[im["frame"] for im in measured["images"]], reviewed_frames=reviewed,
                 config=cfg.model_dump(mode="json"), weights_sha256=lesson[0], finished=utc_now())
