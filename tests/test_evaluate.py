@@ -23,7 +23,7 @@ from surgpose.files import read_json, sha256_file
 from surgpose.pose.evaluate import across_sizes, evaluate, metrics, summary_row, tip_metrics
 from surgpose.pose.judge import PCK_SHARES
 from surgpose.pose.mistakes import calibration, confusion, confusion_by_image, pair_boxes, scored
-from surgpose.pose.model import build_model, write_weights
+from surgpose.pose.model import build_model, ultralytics, write_weights
 from surgpose.pose.runs import runs_table
 from surgpose.pose.tips import false_tips, tip_errors
 from surgpose.pose.truth import load_truth, open_labelled
@@ -88,6 +88,37 @@ def test_every_average_is_pycocotools_own(seed):
             assert got[part][name] == pytest.approx(value, abs=1e-9), (part, name)
             assert got[part][f"{name}_low"] <= value <= got[part][f"{name}_high"]
     assert (got["strict"]["sigma"], got["lenient"]["sigma"]) == (0.05, 0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ultralytics_ruler_is_ultralytics_own(seed):
+    "Its validator and its curve, on the same detections; its interpolation moves an average by a hundredth."
+    ultralytics()
+    import torch
+    from ultralytics.models.yolo.pose import PoseValidator
+    from ultralytics.utils.metrics import ap_per_class
+
+    truth, found = messy(seed, 60)
+    judge = PoseValidator(args=dict(task="pose", mode="val"))
+    judge.sigma, stats = np.ones(5) / 5, []
+    for im in truth["images"]:
+        tools = [a for a in truth["annotations"] if a["image_id"] == im["id"]]
+        rows = sorted((f for f in found if f["image_id"] == im["id"]), key=lambda f: -f["score"])
+        batch, preds = (
+            dict(
+                cls=torch.tensor([r["category_id"] - 1.0 for r in part]),
+                bboxes=torch.tensor([[x, y, x + w, y + h] for r in part for x, y, w, h in [r["bbox"]]]),
+                keypoints=torch.tensor([r["keypoints"] for r in part]).reshape(-1, 5, 3).float(),
+            )
+            for part in (tools, rows)
+        )
+        tp = judge._process_batch(preds, batch)["tp_p"]
+        stats.append((tp, [r["score"] for r in rows], preds["cls"], batch["cls"]))
+    tp, scores, said, true = (
+        np.concatenate([np.asarray(x) for x in part]) for part in zip(*stats, strict=True)
+    )
+    theirs = ap_per_class(tp, scores, said, true)[5]
+    assert metrics(truth, found, FEW)["ultralytics"]["AP"] == pytest.approx(theirs.mean(), abs=0.015)
 
 
 def test_pck_is_measured_at_2_5_and_10_percent_of_the_true_boxs_diagonal():

@@ -15,11 +15,13 @@ import numpy as np
 
 from ..config import EvaluateConfig, TrainConfig
 from ..data.coco import read_coco, write_coco
-from ..files import read_json, read_jsonl, safe_join
+from ..files import read_json, read_jsonl, safe_join, write_json
 from ..geometry import camera_matrix, project, transform
 from .evaluate import evaluate
+from .judge import Judged, average, bootstrap, judge
 from .train import train
-from ..schema import FLIP_IDX, JAW_L, JAW_R
+from .truth import load_truth
+from ..schema import FLIP_IDX, JAW_L, JAW_R, LENIENT_SIGMAS, SIGMAS
 from ..synth.labels import asset_name
 from ..synth.tools import build_tool
 
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['FIT_PX', 'CAD_NAMES', 'VARIATIONS', 'RECORDED', 'cad_order', 'write_cad_order', 'ablate', 'read_ablation',
-           'ablation_table', 'ablation_caption', 'ablation_verdict']
+__all__ = ['FIT_PX', 'CAD_NAMES', 'VARIATIONS', 'YARDSTICKS', 'CHANGE', 'RECORDED', 'cad_order', 'write_cad_order', 'judge_run',
+           'paired_change', 'ablate', 'read_ablation', 'ablation_table', 'ablation_caption', 'ablation_verdict',
+           'names_told']
 
 # %% ../../nbs/30d_ablate.ipynb #c005
 FIT_PX = 1.0  # how far a label may lie from where its drawing says
@@ -95,12 +98,47 @@ VARIATIONS = {  # what is varied -> what changes in TrainConfig; CAD_NAMES chang
     "full precision": dict(bfloat16=False),
     "one image size": dict(multi_scale=0.0),
     "batches of 16": dict(batch=16),
+    "steps of four batches": dict(accumulate=4),
+    "turns by any angle": dict(degrees=180.0),
 }
 
 # %% ../../nbs/30d_ablate.ipynb #c018
+YARDSTICKS = {"AP": SIGMAS, "lenient_AP": LENIENT_SIGMAS}
+
+def judge_run(
+    run: Path,  # a run folder with found.json
+    truth: dict,  # COCO file as plain dicts: what the network was judged by
+) -> dict[str, Judged]:  # at both sigmas
+    "Match what a network found, for averages over other images."
+    found = read_json(run / "found.json")
+    return {name: judge(truth, found, sigmas=sigmas) for name, sigmas in YARDSTICKS.items()}
+
+def paired_change(
+    first: list[dict[str, Judged]],  # as of `judge_run`, one for each seed
+    other: list[dict[str, Judged]],  # of the same images
+    *,
+    resamples: int = 200,
+) -> dict[str, list[float | None]]:  # at both sigmas: change of the mean over seeds, and its 95 % interval; None where there is no tool
+    "Measure how far two recipes differ."
+    ids = {run["AP"].image_ids for run in (*first, *other)}
+    if len(ids) != 1: raise ValueError(f"change: expected networks judged on the same images, got {len(ids)} sets of images")
+    rng = np.random.default_rng(0)
+    def mean(runs: list, name: str, images: np.ndarray | None, chosen: np.ndarray) -> float:
+        return float(np.mean([average(runs[k][name], images)["AP"] for k in chosen]))
+    def change(images: np.ndarray | None, some: list[np.ndarray]) -> dict[str, float]:
+        return {name: mean(other, name, images, some[1]) - mean(first, name, images, some[0]) for name in YARDSTICKS}
+    def drawn(images: np.ndarray) -> dict[str, float]:
+        return change(images, [rng.integers(0, len(runs), len(runs)) for runs in (first, other)])
+    ends = bootstrap(drawn, len(next(iter(ids))), resamples)
+    values = change(None, [np.arange(len(runs)) for runs in (first, other)])
+    return {name: [float(v) if np.isfinite(v) else None for v in (value, *ends[name])] for name, value in values.items()}
+
+# %% ../../nbs/30d_ablate.ipynb #c022
+CHANGE = "change.json"  # beside the first seed's scores
+
 def _judged(run: Path) -> dict:
-    told = run / "provenance.json"
-    return read_json(run / "metrics.json") | {"training": read_json(told) if told.is_file() else {}}
+    kept = {name: run / file for name, file in (("training", "provenance.json"), ("change", CHANGE))}
+    return read_json(run / "metrics.json") | {name: read_json(path) if path.is_file() else {} for name, path in kept.items()}
 
 def _folder_name(variation: str) -> str: return variation.replace(" ", "_").replace(".", "")
 
@@ -113,13 +151,13 @@ def ablate(
     out: Path | str,  # a run folder for each variation, and the labels with the CAD's names
     cfg: TrainConfig | None = None,  # the recipe as it is
     *,
-    variations: dict[str, dict] | None = None,  # some of `VARIATIONS`, or others
+    variations: dict[str, dict] | None = None,  # some of `VARIATIONS`, or others; the first is what others are held against
     seed: int | Sequence[int] = 0,  # or several: a training for each
     device: str = "auto",
     progress: bool = True,
-) -> dict[str, list[dict]]:  # what was varied -> what metrics.json and, as `training`, provenance.json hold, for each seed
+) -> dict[str, list[dict]]:  # what was varied -> for each seed what metrics.json, `training` (provenance.json) and `change` hold
     "Train and judge a network for each variation of a recipe."
-    data, out, cfg, results = Path(data), Path(out), cfg or TrainConfig(), {}
+    data, out, cfg, results, first = Path(data), Path(out), cfg or TrainConfig(), {}, None
     for name, change in (VARIATIONS if variations is None else variations).items():
         seen = data
         if change and all(getattr(cfg, k) == v for k, v in change.items()): continue  # the recipe is like this already
@@ -130,11 +168,14 @@ def ablate(
         for k, run in folders.items():
             train(seen, run, TrainConfig.model_validate({**cfg.model_dump(), **change}), seed=k, device=device, progress=progress)
             if not (run / "metrics.json").is_file():
-                evaluate(run / "weights" / "best.pt", seen, run, EvaluateConfig(imgsz=cfg.imgsz), device=device, progress=progress)
-        results[name] = [_judged(run) for run in folders.values()]
+                at = EvaluateConfig(imgsz=cfg.imgsz, sizes=(2 * cfg.imgsz,))
+                evaluate(run / "weights" / "best.pt", seen, run, at, device=device, progress=progress)
+        judged = [judge_run(run, load_truth(seen, "val")[0]) for run in folders.values()]
+        if first: write_json(next(iter(folders.values())) / CHANGE, paired_change(first, judged))
+        first, results[name] = first or judged, [_judged(run) for run in folders.values()]
     return results
 
-# %% ../../nbs/30d_ablate.ipynb #c020
+# %% ../../nbs/30d_ablate.ipynb #c024
 def read_ablation(
     folder: Path | str,  # what `ablate` filled
 ) -> dict[str, list[dict]]:  # as of `ablate`; what was not judged is left out
@@ -145,29 +186,33 @@ def read_ablation(
     found = {name: [_judged(run) for run in of(_folder_name(name))] for name in VARIATIONS}
     return {name: rows for name, rows in found.items() if rows}
 
-# %% ../../nbs/30d_ablate.ipynb #c024
+# %% ../../nbs/30d_ablate.ipynb #c028
 def _px(measured: dict, *names: str) -> float:
     known = [measured.get("pixel", {}).get(n, {}).get("median_px") for n in names]
     return float("nan") if None in known else float(np.mean(known))
 
+def _numbers(r: dict) -> dict[str, float]:
+    either = {x["mended"]: x["lenient_AP"] for x in r.get("lost", [])}.get("jaws that change names")
+    larger = {f"box AP50 at {x['imgsz']} px": x["box AP50"] for x in r.get("sizes", [])}
+    return {"n": r["n_images"], "AP": r["strict"]["AP"], "AP (.2)": r["lenient"]["AP"], "(.2), jaws by either name": either,
+            "box AP50": r.get("box", {}).get("AP50"), **larger, "tip px": _px(r, "tip"), "jaws px": _px(r, "jaw_L", "jaw_R")}
+
 def ablation_table(
-    results: dict[str, list[dict]],  # what was varied -> what `evaluate` returned, for each seed
-) -> pd.DataFrame:  # means over the seeds; with several of them their number, and the range of AP; px: medians, of both jaws their mean
+    results: dict[str, list[dict]],  # what was varied -> as of `ablate`, for each seed
+) -> pd.DataFrame:  # means over the seeds, their number, the range of AP (.2), and its change with a 95 % interval; px: medians, of both jaws their mean
     "Set the scores of trainings that differ in one thing beside each other."
     import pandas as pd
 
-    def row(r: dict) -> dict:
-        wide = r["lenient"]
-        return {"n": r["n_images"], "AP": r["strict"]["AP"], "AP50": r["strict"]["AP50"], "AP (.2)": wide["AP"],
-                "(.2) low": wide.get("AP_low"), "(.2) high": wide.get("AP_high"), "tip px": _px(r, "tip"), "jaws px": _px(r, "jaw_L", "jaw_R")}
-    parts = {name: pd.DataFrame([row(r) for r in found]).astype(float) for name, found in results.items()}
+    parts = {name: pd.DataFrame([_numbers(r) for r in found]).astype(float) for name, found in results.items()}
     table = pd.DataFrame({name: part.mean() for name, part in parts.items()}).T
-    for ap in ("AP", "AP (.2)"): table[f"{ap} change"] = table[ap] - table[ap].iloc[0]
-    if all(len(part) == 1 for part in parts.values()): return table
-    ends = {name: {"seeds": len(part), "AP lowest": part["AP"].min(), "AP highest": part["AP"].max()} for name, part in parts.items()}
-    return table.join(pd.DataFrame.from_dict(ends, orient="index"))
+    table.insert(1, "seeds", [len(part) for part in parts.values()])
+    ends = {f"(.2) {word}": [getattr(part["AP (.2)"], of)() for part in parts.values()] for word, of in (("lowest", "min"), ("highest", "max"))}
+    changes = np.array([found[0].get("change", {}).get("lenient_AP", [None] * 3) for found in results.values()], float).reshape(-1, 3)
+    told = dict(zip(("(.2) change", "change low", "change high"), changes.T, strict=True))
+    for at, (name, column) in enumerate({**ends, **told}.items(), 4): table.insert(at, name, column)
+    return table
 
-# %% ../../nbs/30d_ablate.ipynb #c029
+# %% ../../nbs/30d_ablate.ipynb #c033
 RECORDED = {"code_hash": "code", "data_hash": "labels", "images_hash": "images", "initial_weights": "initial weights", "device": "device", "seed": "seeds"}
 
 def ablation_caption(
@@ -188,14 +233,20 @@ def ablation_caption(
 def ablation_verdict(
     results: dict[str, list[dict]],  # as of `read_ablation`
 ) -> list[str]:  # a sentence for each row behind the first
-    "Say which variations are further from the recipe than their intervals; rows are not paired."
-    def span(rows: list[dict]) -> tuple[float, float, float]:
-        known = [tuple(r["lenient"].get(k) for k in ("AP", "AP_low", "AP_high")) for r in rows]
-        mean, low, high = zip(*(tuple(np.nan if v is None else v for v in r) for r in known), strict=True)
-        return float(np.mean(mean)), min(low), max(high)
-    (ap, low, high), *others = (span(rows) for rows in results.values())
-    told = []
-    for name, (mine, least, most) in zip(list(results)[1:], others, strict=True):
-        apart = "are apart" if least > high or most < low else "overlap" if least <= high and most >= low else "are not known"
-        told.append(f"{name}: AP at the lenient sigma {mine:.3f}, {mine - ap:+.3f} against the recipe; the intervals {apart}.")
+    "Say which variations differ from the recipe by more than chance."
+    table, told = ablation_table(results), []
+    for name, row in table.iloc[1:].iterrows():
+        change, low, high = row[["(.2) change", "change low", "change high"]]
+        how = "worse" if high < 0 else "better" if low > 0 else "not told apart" if low <= 0 <= high else "of unknown certainty"
+        told.append(f"{name}: AP at the lenient sigma {row['AP (.2)']:.3f}, {change:+.3f} [{low:.3f}, {high:.3f}] against the recipe: {how}.")
     return told
+
+def names_told(
+    results: dict[str, list[dict]],  # as of `read_ablation`
+) -> str:  # a sentence; empty where the names were not varied
+    "Say how much of the loss under the CAD's names is a matter of names."
+    table = ablation_table(results)
+    if CAD_NAMES not in table.index: return ""
+    (plain, either), (cad, cad_either) = (table.loc[name, ["AP (.2)", "(.2), jaws by either name"]] for name in (table.index[0], CAD_NAMES))
+    return (f"If a jaw counted under either name, AP at the lenient sigma would rise from {plain:.3f} to {either:.3f} where the image names the jaws, "
+            f"and from {cad:.3f} to {cad_either:.3f} where the CAD does.")

@@ -13,8 +13,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..config import EvaluateConfig
+from ..data.coco import area_px2
 from ..data.cvat import TipTracks
 from ..files import hash_data, utc_now, write_json
+from .diagnosis import where_lost
 from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap, has_keypoints, judge, keypoint_errors,
                                  reason_for_nan)
 from .judge import score as score
@@ -84,26 +86,31 @@ def _class_row(category_id: int, strict: Judged, lenient: Judged, boxes: Judged,
 # %% ../../nbs/31_evaluate.ipynb #c009
 CURVE_SIGMAS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 
+def _box_area_px2(a: dict) -> float: return area_px2({"bbox": a["bbox"]})
+
 def metrics(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
     cfg: EvaluateConfig | None = None,  # how many resamples; the score from which confusion counts
-) -> dict:  # JSON-able, None where a number does not exist: strict, lenient, box, pck, pixel, per_class, curve, confusion, false, calibration
+) -> dict:  # JSON-able, None where a number does not exist: strict, lenient, ultralytics, box, pck, pixel, per_class, curve, lost, confusion, false, calibration
     "Measure predictions in every way that reports show."
     cfg = cfg or EvaluateConfig()
     n, resamples = len(truth["images"]), cfg.bootstrap
     judged = {s: judge(truth, found, sigmas=[s] * len(KEYPOINTS)) for s in sorted({*CURVE_SIGMAS, SIGMAS[0], LENIENT_SIGMAS[0]})}
     strict, lenient, boxes = judged[SIGMAS[0]], judged[LENIENT_SIGMAS[0]], judge(truth, found, kind="bbox")
+    loose = judge(truth, found, sigmas=LENIENT_SIGMAS, area_of=_box_area_px2)
     seen = shown(found, cfg.threshold, cfg.same_tool)
     errors, (taken_for, false) = keypoint_errors(truth, found), confusion(truth, seen, cfg.threshold, resamples)
     yardsticks = dict(box=boxes, strict=strict, lenient=lenient) if any(map(has_keypoints, truth["annotations"])) else dict(box=boxes)
     out = dict(
         n_images=n, n_tools=len(truth["annotations"]), n_found=len(found), reason=reason_for_nan(truth),
         strict=dict(sigma=SIGMAS[0], **_averages(strict, resamples)),
-        lenient=dict(sigma=LENIENT_SIGMAS[0], **_averages(lenient, resamples)), box=_averages(boxes, resamples),
+        lenient=dict(sigma=LENIENT_SIGMAS[0], **_averages(lenient, resamples)),
+        ultralytics=dict(sigma=LENIENT_SIGMAS[0], **_averages(loose, resamples)), box=_averages(boxes, resamples),
         pck=_pck(errors, n, resamples), pixel=_pixels(errors, n, resamples),
         per_class=[_class_row(i, strict, lenient, boxes, errors) for i in range(1, len(CLASSES) + 1)],
-        curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()], confusion=taken_for, false=false,
+        curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()], lost=where_lost(truth, found),
+        confusion=taken_for, false=false,
         calibration={name: calibration(j, resamples) for name, j in yardsticks.items()})
     return _no_nan(out)
 
@@ -194,7 +201,7 @@ def _draw_worst(labelled: Labelled, found: list[dict], cfg: EvaluateConfig, path
 # %% ../../nbs/31_evaluate.ipynb #c018
 def summary_row(
     measured: dict,  # what a metrics.json holds, complete or not
-) -> dict[str, float]:  # n; AP, AP50, AP75, AR, the first two at the lenient sigma as well, box AP50, PCK, tip error, false detections; some with low and high
+) -> dict[str, float]:  # n; AP, AP50, AP75, AR, the first two at the lenient sigma as well, AP by Ultralytics' ruler, box AP50, PCK, tip error, false detections; some with low and high
     "Pick the numbers that decide."
     nan = float("nan")
     def get(*path: str) -> float:
@@ -203,7 +210,7 @@ def summary_row(
         return nan if node is None else node
     out = {"n": get("n_images"), "AP": get("strict", "AP"), "AP low": get("strict", "AP_low"), "AP high": get("strict", "AP_high")}
     out |= {k: get("strict", k) for k in ("AP50", "AP75", "AR")}
-    out |= {f"{k} (.2)": get("lenient", k) for k in ("AP", "AP50")}
+    out |= {f"{k} (.2)": get("lenient", k) for k in ("AP", "AP50")} | {"AP (Ultralytics)": get("ultralytics", "AP")}
     out |= {"box AP50": get("box", "AP50"), "box AP50 low": get("box", "AP50_low"), "box AP50 high": get("box", "AP50_high")}
     out |= {f"PCK {100 * p['share']:.0f} %": nan if p["value"] is None else p["value"] for p in measured.get("pck", [])}
     return out | {"tip px": get("pixel", "tip", "median_px"), "false per image": get("false", "per_image")}

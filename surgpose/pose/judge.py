@@ -19,7 +19,7 @@ from ..schema import CLASSES, KEYPOINTS, SIGMAS, Poses
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'PAIR_IOU', 'PCK_SHARES', 'Judged', 'has_keypoints', 'judge', 'average', 'reason_for_nan', 'score',
-           'bootstrap', 'bootstrap_ci', 'Errors', 'keypoint_errors']
+           'bootstrap', 'bootstrap_ci', 'Errors', 'partners', 'keypoint_errors']
 
 # %% ../../nbs/31a_judge.ipynb #c005
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def judge(
     *,
     kind: str = "keypoints",  # what is compared: keypoints or bbox
     sigmas: Sequence[float] = SIGMAS,  # (5,), for keypoints
+    area_of: Callable[[dict], float] = area_px2,  # an annotation's area in px^2, by which OKS forgives
 ) -> Judged:
     "Match found tools to true ones, as COCO does."
     from pycocotools.coco import COCO
@@ -52,7 +53,7 @@ def judge(
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
         base, results = COCO(), COCO()
-        base.dataset = {**truth, "annotations": [{**_counted(a), "id": i, "area": area_px2(a), "iscrowd": a.get("iscrowd", 0)}
+        base.dataset = {**truth, "annotations": [{**_counted(a), "id": i, "area": area_of(a), "iscrowd": a.get("iscrowd", 0)}
                                                  for i, a in enumerate(truth["annotations"], 1)]}
         rows = [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for i, r in enumerate(found, 1)]
         results.dataset = {k: truth[k] for k in ("images", "categories")} | dict(annotations=rows)
@@ -168,13 +169,16 @@ class Errors:
         total = (labelled * weight).sum()
         return float((right * weight).sum() / total) if total else float("nan")
 
-def _pair(tools: Poses, found: Poses) -> list[np.ndarray | None]:
-    "For each true tool the keypoints of its partner."
-    partner: list[np.ndarray | None] = [None] * len(tools)
+def partners(
+    tools: Poses,  # true ones of an image
+    found: Poses,
+) -> list[int | None]:  # for each true tool the number of the found one, None where it was missed
+    "Pair tools of one class whose boxes overlap, surest first."
+    partner: list[int | None] = [None] * len(tools)
     overlap = iou_xywh(tools.xywh_px, found.xywh_px) * (tools.category_id[:, None] == found.category_id[None])
     for j in np.argsort(-found.score, kind="stable"):
         free = [i for i in range(len(tools)) if partner[i] is None and overlap[i, j] >= PAIR_IOU]
-        if free: partner[max(free, key=lambda i: overlap[i, j])] = found.keypoints[j]
+        if free: partner[max(free, key=lambda i: overlap[i, j])] = int(j)
     return partner
 
 def keypoint_errors(
@@ -186,10 +190,10 @@ def keypoint_errors(
     rows = []
     for number, (image_id, tools) in enumerate(annotations_by_image(truth).items()):
         tools = [t for t in tools if has_keypoints(t)]
-        partner = _pair(Poses.from_rows(tools), Poses.from_rows(by_image[image_id]))
-        for t, other in zip(tools, partner, strict=True):
+        seen = Poses.from_rows(by_image[image_id])
+        for t, j in zip(tools, partners(Poses.from_rows(tools), seen), strict=True):
             k = np.reshape(t["keypoints"], (-1, 3))
-            gap = np.full(len(k), np.inf) if other is None else np.hypot(*(k[:, :2] - other[:, :2]).T)
+            gap = np.full(len(k), np.inf) if j is None else np.hypot(*(k[:, :2] - seen.keypoints[j, :, :2]).T)
             rows.append((number, t["category_id"], np.where(k[:, 2] > 0, gap, np.nan), np.hypot(*t["bbox"][2:])))
     number, category, error, diagonal = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Errors(np.array(number, int), np.array(category, int), np.reshape(error, (-1, len(KEYPOINTS))).astype(float), np.array(diagonal))

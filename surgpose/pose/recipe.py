@@ -219,9 +219,9 @@ def ultralytics_settings(
     hsv_h, hsv_s, hsv_v = cfg.hsv
     return dict(
         task="pose", mode="train", device=device, seed=seed, deterministic=True, verbose=False, plots=False, amp=False,
-        epochs=cfg.epochs, patience=0, batch=cfg.batch, nbs=cfg.batch, imgsz=cfg.imgsz, multi_scale=cfg.multi_scale,
+        epochs=cfg.epochs, patience=0, batch=cfg.batch, nbs=cfg.batch * cfg.accumulate, imgsz=cfg.imgsz, multi_scale=cfg.multi_scale,
         workers=cfg.workers, freeze=cfg.freeze, optimizer="AdamW", lr0=cfg.lr0, lrf=cfg.lrf, cos_lr=True, momentum=0.9,
-        weight_decay=cfg.weight_decay, warmup_epochs=cfg.warmup_epochs, warmup_bias_lr=0.0, degrees=0.0,
+        weight_decay=cfg.weight_decay, warmup_epochs=cfg.warmup_epochs, warmup_bias_lr=0.0, degrees=cfg.degrees,
         fliplr=cfg.fliplr, flipud=cfg.flipud, scale=cfg.scale, translate=cfg.translate, mosaic=cfg.mosaic,
         close_mosaic=cfg.epochs // 5, hsv_h=hsv_h, hsv_s=hsv_s, hsv_v=hsv_v, exist_ok=True)
 

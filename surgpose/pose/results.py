@@ -99,13 +99,13 @@ def _interval(row: dict, key: str) -> str:
 
 def score_table(
     measured: dict,  # metrics.json
-) -> pd.DataFrame:  # strict, lenient and box: AP, AP50, AP75, AR as text, each with its 95 % interval
+) -> pd.DataFrame:  # strict, lenient, Ultralytics' own ruler and box: AP, AP50, AP75, AR as text, each with its 95 % interval
     "Lay strict and lenient scores side by side."
-    names = {"strict": f"keypoints, sigma {measured['strict']['sigma']:g}",
-             "lenient": f"keypoints, sigma {measured['lenient']['sigma']:g}", "box": "boxes"}
+    names = {"strict": f"keypoints, sigma {measured['strict']['sigma']:g}", "lenient": f"keypoints, sigma {measured['lenient']['sigma']:g}",
+             "ultralytics": f"keypoints, sigma {measured['lenient']['sigma']:g}, areas from boxes, as Ultralytics counts", "box": "boxes"}
     columns = ["AP", "AP50", "AP75", "AR"]
     rows = [[label, *("-" if measured[k].get(c) is None else f"{measured[k][c]:.3f}{_interval(measured[k], c)}" for c in columns)]
-            for k, label in names.items()]
+            for k, label in names.items() if k in measured]
     return pd.DataFrame(rows, columns=["what", *columns])
 
 def class_table(
