@@ -161,7 +161,7 @@ PROFILES: dict[str, dict] = {
     ),
     "cpu": dict(
         render=dict(images=1000, width=640, height=480, samples=4, val_share=0.15),
-        train=dict(imgsz=448, epochs=40, warmup_epochs=1.0, sigma_end=0.05, multi_scale=0.5, scale=0.5),
+        train=dict(imgsz=640, epochs=30, warmup_epochs=1.0, sigma_end=0.05, multi_scale=0.4, scale=0.5),
         pseudo=dict(stride=1, doubt_conf=0.4),
         refine=dict(epochs=15, freeze=0, lr0=5e-4, rounds=2, teacher_ema=0.3),
     ),
