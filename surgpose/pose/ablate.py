@@ -192,10 +192,10 @@ def _px(measured: dict, *names: str) -> float:
     return float("nan") if None in known else float(np.mean(known))
 
 def _numbers(r: dict) -> dict[str, float]:
-    either = {x["mended"]: x["lenient_AP"] for x in r.get("lost", [])}.get("jaws that change names")
+    jaws = r.get("jaws", {})
     larger = {f"box AP50 at {x['imgsz']} px": x["box AP50"] for x in r.get("sizes", [])}
-    return {"n": r["n_images"], "AP": r["strict"]["AP"], "AP (.2)": r["lenient"]["AP"], "(.2), jaws by either name": either,
-            "box AP50": r.get("box", {}).get("AP50"), **larger, "tip px": _px(r, "tip"), "jaws px": _px(r, "jaw_L", "jaw_R")}
+    return {"n": r["n_images"], "AP": r["strict"]["AP"], "AP (.2)": r["lenient"]["AP"],
+            "jaws right way round": jaws.get("right"), "jaws' gap": jaws.get("gap"), "box AP50": r.get("box", {}).get("AP50"), **larger, "tip px": _px(r, "tip"), "jaws px": _px(r, "jaw_L", "jaw_R")}
 
 def ablation_table(
     results: dict[str, list[dict]],  # what was varied -> as of `ablate`, for each seed
@@ -244,9 +244,12 @@ def ablation_verdict(
 def names_told(
     results: dict[str, list[dict]],  # as of `read_ablation`
 ) -> str:  # a sentence; empty where the names were not varied
-    "Say how much of the loss under the CAD's names is a matter of names."
-    table = ablation_table(results)
-    if CAD_NAMES not in table.index: return ""
-    (plain, either), (cad, cad_either) = (table.loc[name, ["AP (.2)", "(.2), jaws by either name"]] for name in (table.index[0], CAD_NAMES))
-    return (f"If a jaw counted under either name, AP at the lenient sigma would rise from {plain:.3f} to {either:.3f} where the image names the jaws, "
-            f"and from {cad:.3f} to {cad_either:.3f} where the CAD does.")
+    "Say what the names of the jaws are worth to the jaws."
+    def told(rows: list[dict]) -> str:
+        jaws = [r["jaws"] for r in rows]
+        right, gap = (np.mean([j[k] for j in jaws]) for k in ("right", "gap"))
+        return f"{right:.2f} [{min(j['low'] for j in jaws):.2f}, {max(j['high'] for j in jaws):.2f}], {gap:.2f} of the true distance apart"
+    rows = [results.get(name, []) for name in (next(iter(results), ""), CAD_NAMES)]
+    if not all(rows) or any(not r.get("jaws", {}).get("n") for part in rows for r in part): return ""
+    return (f"Of found tools whose jaws stand apart (n = {rows[0][0]['jaws']['n']} with the first seed) the share with the jaws the right way "
+            f"round is {told(rows[0])} where the image names them, and {told(rows[1])} where the CAD does; a toss of a coin gives 0.50.")

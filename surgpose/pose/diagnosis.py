@@ -5,20 +5,20 @@
 # %% ../../nbs/31e_diagnosis.ipynb #c002
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.coco import annotations_by_image
-from .judge import average, has_keypoints, judge, partners
+from .judge import average, bootstrap_ci, has_keypoints, judge, partners
 from ..schema import FLIP_IDX, HANDLE, HINGE, JAW_L, JAW_R, LENIENT_SIGMAS, SIGMAS, TIP, Poses
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'mended', 'where_lost', 'lost_table', 'lost_told']
+__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides']
 
 # %% ../../nbs/31e_diagnosis.ipynb #c005
 Mend = Callable[[np.ndarray, np.ndarray], np.ndarray]  # true and found points of a tool, (5, 3) each -> (5, 3)
@@ -49,6 +49,15 @@ MENDS: dict[str, Mend] = {
 }
 
 # %% ../../nbs/31e_diagnosis.ipynb #c010
+def _pairs(truth: dict, found: list[dict]) -> Iterator[tuple[int, dict, dict]]:
+    by_image = annotations_by_image({"images": truth["images"], "annotations": found})
+    for number, (image_id, tools) in enumerate(annotations_by_image(truth).items()):
+        tools, rows = [t for t in tools if has_keypoints(t)], by_image[image_id]
+        for t, j in zip(tools, partners(Poses.from_rows(tools), Poses.from_rows(rows)), strict=True):
+            if j is not None: yield number, t, rows[j]
+
+def _points(row: dict) -> np.ndarray: return np.reshape(row["keypoints"], (-1, 3)).astype(float)
+
 def mended(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
@@ -56,13 +65,7 @@ def mended(
 ) -> list[dict]:  # a copy of the results
     "Mend the points of all found tools that belong to a true one."
     out = [dict(row) for row in found]
-    by_image = annotations_by_image({"images": truth["images"], "annotations": out})
-    for image_id, tools in annotations_by_image(truth).items():
-        tools, rows = [t for t in tools if has_keypoints(t)], by_image[image_id]
-        for t, j in zip(tools, partners(Poses.from_rows(tools), Poses.from_rows(rows)), strict=True):
-            if j is None: continue
-            both = (np.reshape(r["keypoints"], (-1, 3)).astype(float) for r in (t, rows[j]))
-            rows[j]["keypoints"] = mend(*both).ravel().tolist()
+    for _, tool, row in _pairs(truth, out): row["keypoints"] = mend(_points(tool), _points(row)).ravel().tolist()
     return out
 
 def where_lost(
@@ -96,3 +99,26 @@ def lost_told(
     best = max(gains, key=gains.__getitem__)
     return (f"With all points of the found tools right AP would be {whole:.2f} for {as_found:.2f}; the rest is lost to missed tools, wrong boxes "
             f"and scores. Of single mistakes most would come of mending: {best} (AP {gains[best]:.2f}).")
+
+# %% ../../nbs/31e_diagnosis.ipynb #c015
+APART = 0.05  # of the true box's diagonal: jaws nearer than that are left out
+
+def jaw_sides(
+    truth: dict,  # COCO file as plain dicts
+    found: list[dict],  # COCO results
+    resamples: int = 200,
+) -> dict[str, float]:  # n tools, right (share the right way round) with low and high, gap (median of found over true); NaN for n = 0
+    "Tell whether a network knows one jaw from the other."
+    rows = []
+    for number, tool, row in _pairs(truth, found):
+        (true, seen), size = (_points(r)[[JAW_L, JAW_R]] for r in (tool, row)), np.hypot(*tool["bbox"][2:])
+        across, got = (np.diff(p[:, :2], axis=0)[0] for p in (true, seen))
+        gap = np.hypot(*across)
+        if true[:, 2].all() and gap >= APART * size: rows.append((number, across @ got > 0, np.hypot(*got) / gap))
+    if not rows: return dict(n=0, right=np.nan, low=np.nan, high=np.nan, gap=np.nan)
+    image, right, gap = np.array(rows).T
+    def share(images: np.ndarray) -> float:
+        weight = np.bincount(images, minlength=len(truth["images"]))[image.astype(int)]
+        return float((weight * right).sum() / weight.sum()) if weight.sum() else np.nan
+    low, high = bootstrap_ci(share, len(truth["images"]), resamples)
+    return dict(n=len(rows), right=float(right.mean()), low=low, high=high, gap=float(np.median(gap)))

@@ -16,7 +16,7 @@ from ..config import EvaluateConfig
 from ..data.coco import area_px2
 from ..data.cvat import TipTracks
 from ..files import hash_data, utc_now, write_json
-from .diagnosis import where_lost
+from .diagnosis import jaw_sides, where_lost
 from .judge import (PCK_SHARES, Errors, Judged, average, bootstrap, has_keypoints, judge, keypoint_errors,
                                  reason_for_nan)
 from .judge import score as score
@@ -92,7 +92,7 @@ def metrics(
     truth: dict,  # COCO file as plain dicts
     found: list[dict],  # COCO results
     cfg: EvaluateConfig | None = None,  # how many resamples; the score from which confusion counts
-) -> dict:  # JSON-able, None where a number does not exist: strict, lenient, ultralytics, box, pck, pixel, per_class, curve, lost, confusion, false, calibration
+) -> dict:  # JSON-able, None where a number does not exist: strict, lenient, ultralytics, box, pck, pixel, per_class, curve, lost, jaws, confusion, false, calibration
     "Measure predictions in every way that reports show."
     cfg = cfg or EvaluateConfig()
     n, resamples = len(truth["images"]), cfg.bootstrap
@@ -110,7 +110,7 @@ def metrics(
         pck=_pck(errors, n, resamples), pixel=_pixels(errors, n, resamples),
         per_class=[_class_row(i, strict, lenient, boxes, errors) for i in range(1, len(CLASSES) + 1)],
         curve=[dict(sigma=s, AP=average(j)["AP"]) for s, j in judged.items()], lost=where_lost(truth, found),
-        confusion=taken_for, false=false,
+        jaws=jaw_sides(truth, found, resamples), confusion=taken_for, false=false,
         calibration={name: calibration(j, resamples) for name, j in yardsticks.items()})
     return _no_nan(out)
 
