@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides']
+__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides', 'jaws_told']
 
 # %% ../../nbs/31e_diagnosis.ipynb #c005
 Mend = Callable[[np.ndarray, np.ndarray], np.ndarray]  # true and found points of a tool, (5, 3) each -> (5, 3)
@@ -122,3 +122,13 @@ def jaw_sides(
         return float((weight * right).sum() / weight.sum()) if weight.sum() else np.nan
     low, high = bootstrap_ci(share, len(truth["images"]), resamples)
     return dict(n=len(rows), right=float(right.mean()), low=low, high=high, gap=float(np.median(gap)))
+
+def jaws_told(
+    measured: dict,  # what a metrics.json holds
+) -> str:  # a sentence; empty where no jaws were measured
+    "Say whether a network knows one jaw from the other."
+    jaws = measured.get("jaws", {})
+    if not jaws.get("n"): return ""
+    span = "" if jaws["low"] is None else f" [{jaws['low']:.2f}, {jaws['high']:.2f}]"
+    return (f"Of {jaws['n']} found tools whose jaws stand apart {jaws['right']:.2f}{span} have them the right way round; a toss of a coin gives "
+            f"0.50. They lie {jaws['gap']:.2f} of the true distance apart in the median.")
