@@ -17,6 +17,7 @@ from ..config import EvaluateConfig, TrainConfig
 from ..data.coco import read_coco, write_coco
 from ..files import read_json, read_jsonl, safe_join, write_json
 from ..geometry import camera_matrix, project, transform
+from .diagnosis import jaws_alone
 from .evaluate import evaluate
 from .judge import Judged, average, bootstrap, judge
 from .train import train
@@ -103,22 +104,22 @@ VARIATIONS = {  # what is varied -> what changes in TrainConfig; CAD_NAMES chang
 }
 
 # %% ../../nbs/30d_ablate.ipynb #c018
-YARDSTICKS = {"AP": SIGMAS, "lenient_AP": LENIENT_SIGMAS}
+YARDSTICKS = {"AP": SIGMAS, "lenient_AP": LENIENT_SIGMAS, "jaws_AP": LENIENT_SIGMAS}
 
 def judge_run(
     run: Path,  # a run folder with found.json
     truth: dict,  # COCO file as plain dicts: what the network was judged by
-) -> dict[str, Judged]:  # at both sigmas
+) -> dict[str, Judged]:  # one for each of `YARDSTICKS`
     "Match what a network found, for averages over other images."
-    found = read_json(run / "found.json")
-    return {name: judge(truth, found, sigmas=sigmas) for name, sigmas in YARDSTICKS.items()}
+    found, judges = read_json(run / "found.json"), {"jaws_AP": jaws_alone(truth)}
+    return {name: judge(judges.get(name, truth), found, sigmas=sigmas) for name, sigmas in YARDSTICKS.items()}
 
 def paired_change(
     first: list[dict[str, Judged]],  # as of `judge_run`, one for each seed
     other: list[dict[str, Judged]],  # of the same images
     *,
     resamples: int = 200,
-) -> dict[str, list[float | None]]:  # at both sigmas: change of the mean over seeds, and its 95 % interval; None where there is no tool
+) -> dict[str, list[float | None]]:  # by `YARDSTICKS`: change of the mean over seeds, and its 95 % interval; None where there is no tool
     "Measure how far two recipes differ."
     ids = {run["AP"].image_ids for run in (*first, *other)}
     if len(ids) != 1: raise ValueError(f"change: expected networks judged on the same images, got {len(ids)} sets of images")
@@ -251,5 +252,7 @@ def names_told(
         return f"{right:.2f} [{min(j['low'] for j in jaws):.2f}, {max(j['high'] for j in jaws):.2f}], {gap:.2f} of the true distance apart"
     rows = [results.get(name, []) for name in (next(iter(results), ""), CAD_NAMES)]
     if not all(rows) or any(not r.get("jaws", {}).get("n") for part in rows for r in part): return ""
-    return (f"Of found tools whose jaws stand apart (n = {rows[0][0]['jaws']['n']} with the first seed) the share with the jaws the right way "
+    change = rows[1][0].get("change", {}).get("jaws_AP", [None])
+    alone = "" if None in change else "AP of the jaws alone, at the lenient sigma, changes by {:+.3f} [{:.3f}, {:.3f}] under the CAD's names. ".format(*change)
+    return (f"{alone}Of found tools whose jaws stand apart (n = {rows[0][0]['jaws']['n']} with the first seed) the share with the jaws the right way "
             f"round is {told(rows[0])} where the image names them, and {told(rows[1])} where the CAD does; a toss of a coin gives 0.50.")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides', 'jaws_told']
+__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides', 'jaws_told',
+           'jaws_alone']
 
 # %% ../../nbs/31e_diagnosis.ipynb #c005
 Mend = Callable[[np.ndarray, np.ndarray], np.ndarray]  # true and found points of a tool, (5, 3) each -> (5, 3)
@@ -132,3 +133,10 @@ def jaws_told(
     span = "" if jaws["low"] is None else f" [{jaws['low']:.2f}, {jaws['high']:.2f}]"
     return (f"Of {jaws['n']} found tools whose jaws stand apart {jaws['right']:.2f}{span} have them the right way round; a toss of a coin gives "
             f"0.50. They lie {jaws['gap']:.2f} of the true distance apart in the median.")
+
+def jaws_alone(
+    truth: dict,  # COCO file as plain dicts
+) -> dict:  # a copy in which no other point is labelled
+    "Leave nothing but the jaws to be judged."
+    def only(a: dict) -> dict: return {**a, "keypoints": (_points(a) * np.isin(np.arange(5), (JAW_L, JAW_R))[:, None]).ravel().tolist()}
+    return {**truth, "annotations": [only(a) if has_keypoints(a) else a for a in truth["annotations"]]}
