@@ -205,7 +205,7 @@ def ablation_table(
     import pandas as pd
 
     parts = {name: pd.DataFrame([_numbers(r) for r in found]).astype(float) for name, found in results.items()}
-    table = pd.DataFrame({name: part.mean() for name, part in parts.items()}).T
+    table = pd.DataFrame({name: part.mean() for name, part in parts.items()}).T.astype({"n": int})
     table.insert(1, "seeds", [len(part) for part in parts.values()])
     ends = {f"(.2) {word}": [getattr(part["AP (.2)"], of)() for part in parts.values()] for word, of in (("lowest", "min"), ("highest", "max"))}
     changes = np.array([found[0].get("change", {}).get("lenient_AP", [None] * 3) for found in results.values()], float).reshape(-1, 3)
