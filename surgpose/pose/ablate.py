@@ -141,6 +141,9 @@ def _judged(run: Path) -> dict:
     kept = {name: run / file for name, file in (("training", "provenance.json"), ("change", CHANGE))}
     return read_json(run / "metrics.json") | {name: read_json(path) if path.is_file() else {} for name, path in kept.items()}
 
+def _keep(path: Path, change: dict) -> None:
+    if not path.is_file() or read_json(path) != change: write_json(path, change)  # other seeds may have come
+
 def _folder_name(variation: str) -> str: return variation.replace(" ", "_").replace(".", "")
 
 def _folders(out: Path, variation: str, seeds: Sequence[int]) -> dict[int, Path]:
@@ -172,7 +175,7 @@ def ablate(
                 at = EvaluateConfig(imgsz=cfg.imgsz, sizes=(2 * cfg.imgsz,))
                 evaluate(run / "weights" / "best.pt", seen, run, at, device=device, progress=progress)
         judged = [judge_run(run, load_truth(seen, "val")[0]) for run in folders.values()]
-        if first: write_json(next(iter(folders.values())) / CHANGE, paired_change(first, judged))
+        if first: _keep(next(iter(folders.values())) / CHANGE, paired_change(first, judged))
         first, results[name] = first or judged, [_judged(run) for run in folders.values()]
     return results
 
