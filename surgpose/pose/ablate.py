@@ -254,7 +254,7 @@ def names_told(
         right, gap = (np.mean([j[k] for j in jaws]) for k in ("right", "gap"))
         return f"{right:.2f} [{min(j['low'] for j in jaws):.2f}, {max(j['high'] for j in jaws):.2f}], {gap:.2f} of the true distance apart"
     rows = [results.get(name, []) for name in (next(iter(results), ""), CAD_NAMES)]
-    if not all(rows) or any(not r.get("jaws", {}).get("n") for part in rows for r in part): return ""
+    if not all(rows) or any(r.get("jaws", {}).get("low") is None for part in rows for r in part): return ""  # none, or one image
     change = rows[1][0].get("change", {}).get("jaws_AP", [None])
     alone = "" if None in change else "AP of the jaws alone, at the lenient sigma, changes by {:+.3f} [{:.3f}, {:.3f}] under the CAD's names. ".format(*change)
     return (f"{alone}Of found tools whose jaws stand apart (n = {rows[0][0]['jaws']['n']} with the first seed) the share with the jaws the right way "

@@ -12,14 +12,14 @@ import numpy as np
 
 from ..data.coco import annotations_by_image
 from .judge import average, bootstrap_ci, has_keypoints, judge, partners
-from ..schema import FLIP_IDX, HANDLE, HINGE, JAW_L, JAW_R, LENIENT_SIGMAS, SIGMAS, TIP, Poses
+from ..schema import FLIP_IDX, HANDLE, HINGE, JAW_L, JAW_R, KEYPOINTS, LENIENT_SIGMAS, SIGMAS, TIP, Poses
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides', 'jaws_told',
-           'jaws_alone']
+__all__ = ['Mend', 'END_FOR_END', 'MENDS', 'APART', 'JAWS', 'mended', 'where_lost', 'lost_table', 'lost_told', 'jaw_sides',
+           'jaws_told', 'jaws_alone']
 
 # %% ../../nbs/31e_diagnosis.ipynb #c005
 Mend = Callable[[np.ndarray, np.ndarray], np.ndarray]  # true and found points of a tool, (5, 3) each -> (5, 3)
@@ -103,6 +103,7 @@ def lost_told(
 
 # %% ../../nbs/31e_diagnosis.ipynb #c015
 APART = 0.05  # of the true box's diagonal: jaws nearer than that are left out
+JAWS = np.isin(np.arange(len(KEYPOINTS)), (JAW_L, JAW_R))
 
 def jaw_sides(
     truth: dict,  # COCO file as plain dicts
@@ -138,5 +139,5 @@ def jaws_alone(
     truth: dict,  # COCO file as plain dicts
 ) -> dict:  # a copy in which no other point is labelled
     "Leave nothing but the jaws to be judged."
-    def only(a: dict) -> dict: return {**a, "keypoints": (_points(a) * np.isin(np.arange(5), (JAW_L, JAW_R))[:, None]).ravel().tolist()}
+    def only(a: dict) -> dict: return {**a, "keypoints": (_points(a) * JAWS[:, None]).ravel().tolist()}
     return {**truth, "annotations": [only(a) if has_keypoints(a) else a for a in truth["annotations"]]}
