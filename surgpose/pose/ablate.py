@@ -225,14 +225,14 @@ def ablation_caption(
     "Say whether rows differ from the first in their setting alone."
     made = {name: {k: sorted({str(r["training"].get(k)) for r in rows}) for k in RECORDED} for name, rows in results.items()}
     first, *others = made.items()
-    if not all(r["training"] for rows in results.values() for r in rows): return "What made the rows is not recorded for all of them."
+    if not all(r["training"] for rows in results.values() for r in rows): return "What made them is not recorded for all of them."
     groups: dict[str, list[str]] = {}
     for name, facts in others:
         words = [w for k, w in RECORDED.items() if facts[k] != first[1][k] and (name, k) != (CAD_NAMES, "data_hash")]
         if words: groups.setdefault(" and ".join(words), []).append(name)
-    if not groups: return "Each row differs from the first in one thing."
+    if not groups: return "Each variation differs from the first in one thing."
     also = "; ".join(f"also in {words}: {', '.join(names)}" for words, names in groups.items())
-    return f"Not every row differs from the first in its setting alone, {also}."
+    return f"Not every variation differs from the first in its setting alone, {also}."
 
 def ablation_verdict(
     results: dict[str, list[dict]],  # as of `read_ablation`
